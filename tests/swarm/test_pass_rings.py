@@ -28,7 +28,7 @@ from shoal.net.memory import Frame
 from shoal.net.wire import codec
 from shoal.protocol import PassInputs
 
-from .schedules.bed import Bed, Client
+from .schedules.bed import Bed, Client, Member
 from .schedules.oracle import oracle, positions_of
 from .schedules.tuning import DROPOUT, IDS, MASK, SEED, version
 from .virtual_time import run
@@ -167,22 +167,27 @@ def test_a_pass_over_four_servers_makes_five_trips(direction: str):
     play(act, trip_seconds=TRIP_SECONDS)
 
 
+def killing(bed: Bed, member: Member, *, at: int) -> Change:
+    """What kills a server when this many frames have gone over the network."""
+    num_left = at
+
+    def kill(frame: Frame) -> Frame:
+        nonlocal num_left
+        num_left -= 1
+        if not num_left and member.alive:
+            bed.kill(member)
+        return frame
+
+    return kill
+
+
 @settings(max_examples=15, deadline=None)
 @given(st.data())
 def test_a_server_that_dies_at_any_moment_is_replaced_and_the_numbers_are_the_same(data: st.DataObject):
     num_frames, victim = data.draw(st.integers(1, 40)), data.draw(st.integers(0, 3))
 
     async def act(training: Passes) -> None:
-        member, num_left = training.bed.members[victim], num_frames
-
-        def kill(frame: Frame) -> Frame:
-            nonlocal num_left
-            num_left -= 1
-            if not num_left and member.alive:
-                training.bed.kill(member)
-            return frame
-
-        training.change = kill
+        training.change = killing(training.bed, training.bed.members[victim], at=num_frames)
         assert equal(await training.gradients(), expected())
         training.change = lambda frame: frame
         assert equal(await training.gradients(), expected())

@@ -34,14 +34,13 @@ from shoal.protocol import Failure, PassInputs, PassResult, SumResult
 from .schedules.bed import Bed, Client, Member
 from .schedules.oracle import oracle
 from .schedules.tuning import DROPOUT, SEED, version
+from .test_pass_rings import Change, killing
 from .virtual_time import run
 
 IDS = torch.randint(3, oracle().vocabulary, (24, 64), generator=torch.Generator().manual_seed(0))
 OUTPUT_GRAD = torch.randn(*IDS.shape, oracle().hidden_size, generator=torch.Generator().manual_seed(1))
 NUM_FACTORS = sum(len(each.values) for each in version(0).blocks.values())
 UNAUDITED = ClientOptions(patience_seconds=60.0, audits="off")
-
-Change = Callable[[Frame], Frame | None]
 
 
 @dataclass
@@ -226,16 +225,7 @@ def test_a_server_that_dies_at_any_moment_is_replaced_and_the_numbers_are_the_sa
 
     async def act(training: Training) -> None:
         pieces = await training.forward()
-        member, num_left = training.bed.members[victim], num_frames
-
-        def kill(frame: Frame) -> Frame:
-            nonlocal num_left
-            num_left -= 1
-            if not num_left and member.alive:
-                training.bed.kill(member)
-            return frame
-
-        training.change = kill
+        training.change = killing(training.bed, training.bed.members[victim], at=num_frames)
         assert equal(await training.backward(pieces), training.expected)
         training.change = lambda frame: frame
         assert equal(await training.gradients(), training.expected)

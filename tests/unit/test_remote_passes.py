@@ -67,7 +67,7 @@ class OneServer:
         self.asked: list[tuple[str, Span]] = []
         self.num_factors: dict[int, int] = {}
 
-    async def route(self, span: Span, excluded: Set[Any], **_: Any) -> Any:
+    async def route_of_others(self, span: Span, peers: Set[str], excluded: Set[Any], **_: Any) -> Any:
         return SimpleNamespace(hops=(Hop(SERVER, span),))
 
     async def with_failover(self, span: Span, act: Callable[[Set[Any]], Awaitable[Any]], **_: Any) -> Any:

@@ -276,7 +276,7 @@ def interruptible() -> Iterator[Callable[[], None]]:
     with _with_handlers({signal.SIGTERM: interrupt, signal.SIGHUP: interrupt, signal.SIGINT: interrupt}):
         try:
             yield check
-        except Exception:
+        except Exception:  # whatever an interrupt has broken
             check()
             raise
         check()

@@ -12,7 +12,6 @@ from shoal.client.decoding.stage import Stage
 from shoal.client.history.history import History
 from shoal.client.swarm.known.directory_cache import Holding
 from shoal.client.swarm.swarm import Swarm
-from shoal.errors import MissingBlocks
 from shoal.model.peft.factors import ActiveAdapters
 from shoal.peers import ServerInfo
 from shoal.policy.routing.route import Hop, Needs, Route
@@ -79,12 +78,8 @@ class RoutePlanner:
         """A route over servers other than these, for tokens that are known. Raises as `Swarm.route` does."""
         needed_tokens = self.batch_size * self._inputs.num_tokens
         needs = replace(self._needs(span), num_steps=1, head=head, needed_tokens=needed_tokens)
-        excluded = self._swarm.servers.holdings(peers)
-        await self._swarm.servers.check_held(span, excluded, needs)
-        route = await self._swarm.route(span, excluded, needs=needs)
-        if not peers.isdisjoint(hop.server.peer for hop in route.hops):  # they have announced other blocks meanwhile
-            raise MissingBlocks(f"no other server holds blocks {span}", blocks=tuple(span))
-        return route
+        await self._swarm.servers.check_held(span, self._swarm.servers.holdings(peers), needs)
+        return await self._swarm.route_of_others(span, peers, needs=needs)
 
     def route_of_one(self, server: ServerInfo, span: Span) -> Route:
         """The route over one server."""

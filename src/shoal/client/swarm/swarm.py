@@ -134,6 +134,22 @@ class Swarm:
         self.events.emit(events.RouteChosen(self.model.name, span, chosen, route.seconds, route.explain))
         return route
 
+    async def route_of_others(
+        self,
+        span: Span,
+        peers: Set[str],
+        excluded: Set[Holding] = frozenset(),
+        *,
+        needs: Needs,
+        rather_confirmed: bool = False,
+    ) -> Route:
+        """A route over servers other than these `peers`. Raises as `route` does."""
+        excluded = excluded | self.servers.holdings(peers)
+        route = await self.route(span, excluded, needs=needs, rather_confirmed=rather_confirmed)
+        if not peers.isdisjoint(hop.server.peer for hop in route.hops):  # they have announced other blocks meanwhile
+            raise MissingBlocks(f"no other server holds blocks {span}", blocks=tuple(span))
+        return route
+
     async def with_failover(
         self, span: Span, act: Callable[[Set[Holding]], Awaitable[T]], *, at_most: float | None = None
     ) -> T:

@@ -209,11 +209,9 @@ class PassAudits:
         """A route over servers other than these. Raises `MissingBlocks`, without any search, if there is none."""
         span = piece.span
         others = (await self._swarm.servers.present()).only(lambda each: each.training and each.peer not in peers)
-        if not others.missing(span):
-            route = await self._swarm.route(span, self._swarm.servers.holdings(peers), needs=pass_needs(piece.hidden))
-            if peers.isdisjoint(hop.server.peer for hop in route.hops):  # else they have announced other blocks
-                return route
-        raise MissingBlocks(f"no other server holds blocks {span}", blocks=tuple(span))
+        if others.missing(span):
+            raise MissingBlocks(f"no other server holds blocks {span}", blocks=tuple(span))
+        return await self._swarm.route_of_others(span, peers, needs=pass_needs(piece.hidden))
 
     def _conclude(self, hop: Hop, work: Work[T], findings: Findings, num_before: int) -> None:
         """Draw the consequences of an audit, which began after `num_before` doubtful passes."""

@@ -33,7 +33,7 @@ from shoal.client.training.pass_plan import MicrobatchPiece, PassPlan, pass_need
 from shoal.client.training.server_passes import ServerPasses
 from shoal.client.training.sum_ledger import ServerSum, SumLedger, SummedPass
 from shoal.concurrency import now
-from shoal.errors import MissingBlocks, PeerError
+from shoal.errors import PeerError
 from shoal.model.peft.factors import FactorGradients
 from shoal.net.wire.encodings import as_received
 from shoal.policy.routing.route import Hop, Needs, Route
@@ -293,11 +293,7 @@ class RemotePasses:
 
     async def _route(self, span: Span, excluded: Set[Holding], late: frozenset[str], needs: Needs) -> Route:
         """A route for a pass. If servers are `late`, it goes over others. Raises as `Swarm.route` does."""
-        excluded = excluded | self._swarm.servers.holdings(late) if late else excluded
-        route = await self._swarm.route(span, excluded, needs=needs, rather_confirmed=bool(late))
-        if not late.isdisjoint(hop.server.peer for hop in route.hops):  # they have announced other blocks meanwhile
-            raise MissingBlocks(f"no other server holds blocks {span}", blocks=tuple(span))
-        return route
+        return await self._swarm.route_of_others(span, late, excluded, needs=needs, rather_confirmed=bool(late))
 
     async def _with_failover(self, span: Span, act: Callable[[Set[Holding]], Awaitable[T]], late: frozenset[str]) -> T:
         """`act` until it succeeds. If servers are `late`, they are waited for, and not others that may come."""
