@@ -120,10 +120,10 @@ def test_it_does_not_read_what_it_cannot_guess_behind() -> None:
 
 def test_it_says_how_long_a_guess_takes_and_leaves_out_what_a_prompt_takes() -> None:
     draft = DraftModel(tiny("llama"), num_words=NUM_WORDS, clock=Ticking())
-    assert draft.seconds_each == 1.0
+    assert draft.time.seconds_each == 1.0
     drafter = ModelDrafter(draft, [5] * 20)
     drafter.guesses(4)
-    assert draft.seconds_each == 1.0
+    assert draft.time.seconds_each == 1.0
     drafter.append([6])
     drafter.guesses(4)
     source = drafter.source()

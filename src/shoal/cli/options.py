@@ -177,8 +177,8 @@ Draft = Annotated[
     typer.Option(
         "--draft",
         metavar="KIND",
-        help="Guess tokens ahead where that is faster, with the same text: auto, from what the text repeats; MODEL, a "
-        "small model (a folder or an id on the hub) that runs here; or off.",
+        help="Guess tokens ahead where that is faster, with the same text: auto, from what the text repeats; mtp, by "
+        "the checkpoint's own layers; MODEL, a small model (a folder, an id on the hub) that runs here; or off.",
     ),
 ]
 AuditLevel = Annotated[

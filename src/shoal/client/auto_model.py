@@ -25,7 +25,7 @@ from shoal.client.distributed_model import distributed
 from shoal.client.generation.drafting.draft_models import DraftModels
 from shoal.client.head.logits import RemoteHead
 from shoal.client.head.projection import prepare_projection
-from shoal.client.options.client_options import AUTO, INITIAL_PEERS, OFF, ClientOptions, ModelOptions
+from shoal.client.options.client_options import AUTO, INITIAL_PEERS, MTP, OFF, ClientOptions, ModelOptions
 from shoal.client.options.model_checks import changed_config, check_encodings, check_pins, device_of, dtype_of
 from shoal.client.options.peer_names import found_in_directory
 from shoal.client.runtime import Runtime
@@ -98,8 +98,9 @@ class _AutoDistributed:
           announced since the client came are not waited for.
         - `standby=True`: sessions keep a second server warm for each of theirs.
         - `draft`: "auto" (the default) guesses tokens of streams ahead where that is faster, which changes none;
-          "off" does not. With a small model of the same vocabulary, that guesses too: a folder, an id on the hub, or a
-          model that is loaded (`docs/speculation.md`).
+          "off" does not. With "mtp", the checkpoint's own layers that predict further tokens guess too. With a small
+          model of the same vocabulary, that does: a folder, an id on the hub, or a model that is loaded
+          (`docs/speculation.md`).
         - `own_servers`: identity files of servers that you run (`shoal serve --identity`): servers that these have
           computed for serve you first when there is a queue (`docs/trust.md`). Default: those of this machine. "none"
           tells no server which ones are yours.
@@ -286,8 +287,10 @@ def _built(
         device=device,
     )
     blocks.mount(skeletons(model.meta_layers, torch.empty(0, dtype=dtype, device=device)))
-    model.draft_models = DraftModels(model.config, checkpoint.files, options=options.model, dtype=dtype, device=device)
-    if options.draft not in (AUTO, OFF):
+    model.draft_models = DraftModels(model.config, checkpoint, options=options.model, dtype=dtype, device=device)
+    if options.draft == MTP:
+        model.draft_models.own_layers(model)
+    elif options.draft not in (AUTO, OFF):
         model.draft_models.draft(options.draft)  # what is wrong with it is known before the first text
     model.name_or_path = model.config._name_or_path = checkpoint.files.origin  # PEFT writes it into its adapters
     if isinstance(checkpoint.files, HubFiles):

@@ -26,7 +26,7 @@ from shoal.client.head.logits import RemoteHead
 from shoal.client.inference_session import InferenceSession, closing_new_sessions, note_opened
 from shoal.client.saving import SavesTrained
 from shoal.client.tuning import twin_with_adapter
-from shoal.errors import SwarmError, UserError
+from shoal.errors import SwarmError, UnsupportedOperation, UserError
 from shoal.model.peft.peft_layers import check_peft_configs
 from shoal.model.peft.prompts import PROMPT
 from shoal.model.remote_cache import CACHE_NAMES, RemoteCache, cache_argument, cache_for_call
@@ -105,8 +105,9 @@ class DistributedModel(SavesTrained):
 
         With a `draft`, steps carry guesses of the next tokens (`docs/speculation.md`), as those of `stream` do. Then
         each text is decoded by itself, greedily or by sampling, and the result is a tensor. An `assistant_model`
-        becomes the draft, and `prompt_lookup_num_tokens` a draft from what the text repeats, where the call allows it;
-        how many tokens are guessed is measured. Otherwise they are used in Transformers' own loop.
+        becomes the draft, `prompt_lookup_num_tokens` a draft from what the text repeats, and `use_mtp` one of the
+        checkpoint's own layers, where the call allows it; how many tokens are guessed is measured. Otherwise the first
+        two are used in Transformers' own loop.
 
         Raises `UserError` for inputs that do not fit the session, `MissingBlocks` when no server can take the place of
         a lost one, and `SwarmError` if the swarm cannot be asked.
@@ -116,6 +117,8 @@ class DistributedModel(SavesTrained):
         kwargs.pop("draft", None)
         if not args and (options := as_stream(self, kwargs)) is not None:
             return self._generate_with_guesses(inputs, session=session, **options)
+        if kwargs.get("use_mtp"):
+            raise UnsupportedOperation("with use_mtp, this call cannot be decoded", hint='use stream(draft="mtp")')
         generate = super().generate  # type: ignore[misc]
         if self._remote_head is not None:
             self._remote_head.check_options(kwargs)
@@ -181,9 +184,9 @@ class DistributedModel(SavesTrained):
         other ones: for a caller who streams for several people.
 
         With `draft="auto"`, a step carries guesses of the next tokens where that is faster, which changes no token
-        (`docs/speculation.md`); with "off", none. A small model guesses too if `draft` is one: a folder, an id on the
-        hub, or a model that is loaded. The default is what the model was opened with. A `Drafter` of your own may guess
-        instead. `num_guesses` fixes how many a step carries, at most 64.
+        (`docs/speculation.md`); with "off", none. With "mtp", layers of the checkpoint guess too. With a small model,
+        that does: a folder, an id on the hub, or a model that is loaded. The default is what the model was opened with.
+        A `Drafter` of your own may guess instead. `num_guesses` fixes how many a step carries, at most 64.
 
         Close the stream, or leave its `with` block, to stop: the servers then forget it at once. Raises `UserError` and
         `UnsupportedOperation` for what only `generate()` can do, such as beams; errors of the swarm come out of the

@@ -1,8 +1,8 @@
 """Calls of Transformers' assisted generation that become streams with guesses.
 
-Transformers has a loop of its own for `assistant_model=` and `prompt_lookup_num_tokens=`. It has one text, and waits
-for each round. A stream does the same for many texts, and measures how many guesses are worth it. It gives the same
-tokens greedily; sampled ones have the same distribution.
+Transformers has a loop of its own for `assistant_model=`, `prompt_lookup_num_tokens=` and `use_mtp=`. It has one text,
+and waits for each round. A stream does the same for many texts, and measures how many guesses are worth it. It gives
+the same tokens greedily; sampled ones have the same distribution.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from transformers import PreTrainedModel
 
 from shoal.client.generation.drafting.draft_models import is_distributed
 from shoal.client.generation.preparing import ONE_AFTER_ANOTHER
+from shoal.client.options.client_options import AUTO, MTP
 from shoal.errors import UserError
 from shoal.model.remote_cache import CACHE_NAMES
 
-GUESSING = "assistant_model", "prompt_lookup_num_tokens"
+GUESSING = "assistant_model", "prompt_lookup_num_tokens", "use_mtp"
 """The options of `generate()` with which tokens are guessed."""
 OF_THE_LOOP = (
     *("assistant_tokenizer", "custom_generate", "guidance_scale", "inputs_embeds", "synced_gpus", *CACHE_NAMES),
@@ -29,8 +30,8 @@ OF_THE_LOOP = (
 
 def as_stream(model: Any, options: Mapping[str, Any]) -> dict[str, Any] | None:
     """The options of a call of `generate()` with which a stream does the same, with a `draft`; None if none does."""
-    assistant, lookup = (options.get(name) for name in GUESSING)
-    if (assistant is None) == (lookup is None) or model._is_stateful or options.get("use_cache") is False:
+    ways = {name: options[name] for name in GUESSING if options.get(name)}
+    if len(ways) != 1 or model._is_stateful or options.get("use_cache") is False:
         return None
     others = {name: value for name, value in options.items() if name not in GUESSING}
     config = copy.deepcopy(options.get("generation_config") or model.generation_config)
@@ -40,7 +41,9 @@ def as_stream(model: Any, options: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     if config.use_cache is False or config.get_generation_mode() not in ONE_AFTER_ANOTHER:
         return None
-    return others | {"draft": "auto"} if assistant is None else _with_draft(model, assistant, others)
+    if "assistant_model" in ways:
+        return _with_draft(model, ways["assistant_model"], others)
+    return others | {"draft": MTP if "use_mtp" in ways else AUTO}
 
 
 def _with_draft(model: Any, assistant: Any, options: dict[str, Any]) -> dict[str, Any] | None:

@@ -228,6 +228,8 @@ class GenerationEngine:
             answers = [(each.answer, 1 + len(each.guesses.tokens)) for each in answered if each.answer is not None]
             logits = self._ends.logits(model, answers)
             found.update(_chosen(dict(zip(answered, logits, strict=True))))
+        for running in answered:
+            found[running] = self._with_states(model, running, found[running])
         found, plans = _with_guesses(found, most=self._ends.most_logits(model) - 1)
         texts = [text for each, plan in plans.items() for text in _texts(each.generation, plan, found[each].rounds)]
         embedded = iter(self._ends.embed(model, texts))
@@ -240,6 +242,19 @@ class GenerationEngine:
             ]
             found[running] = replace(found[running], rounds=(*known, *new))
         return list(found.values())
+
+    def _with_states(self, model: Any, running: _Running, found: _Next) -> _Next:
+        """Show drafters the hidden states behind its newest tokens. Where one fails, its text ends."""
+        speculation, answer = running.generation.speculation, running.answer
+        if found.is_last or speculation is None or not speculation.reads_states or not isinstance(answer, Tensor):
+            return found
+        assert self._ends is not None
+        num_wrong = 1 + len(running.guesses.tokens) - len(found.tokens)
+        try:
+            speculation.read_states(self._ends.hidden_states(model, answer[0, : answer.shape[1] - num_wrong]))
+        except Exception as error:
+            return replace(found, error=error)
+        return found
 
     def _round(self, model: Any, sends: Embedded, guesses: Guesses, *, is_ahead: bool) -> _Round:
         assert self._ends is not None

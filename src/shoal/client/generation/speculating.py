@@ -12,7 +12,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from shoal.client.generation.drafting.drafter import Drafter, LooksFurther, ReadsAhead, Source
+from torch import Tensor
+
+from shoal.client.generation.drafting.drafter import Drafter, LooksFurther, ReadsAhead, ReadsStates, Source
 from shoal.policy.speculation.acceptance import Acceptance
 from shoal.policy.speculation.guess_count import Balance, Offer, best_offer
 from shoal.policy.speculation.rounds_ahead import MOST_ROUNDS, tokens_ahead
@@ -143,6 +145,17 @@ class Speculation:
         for drafter in self._drafters:
             drafter.append(tokens)
         return bool(ahead) and is_whole
+
+    @property
+    def reads_states(self) -> bool:
+        """Whether a drafter guesses from hidden states, too."""
+        return any(isinstance(drafter, ReadsStates) for drafter in self._drafters)
+
+    def read_states(self, states_ND: Tensor) -> None:
+        """The model's last hidden states of the tokens before the newest one, since they were last told."""
+        for drafter in self._drafters:
+            if isinstance(drafter, ReadsStates):
+                drafter.append_states(states_ND)
 
     def timed(self, guesses: Guesses, num_tokens: int, seconds: float, *, was_ahead: bool = False) -> None:
         """The step with these guesses gave `num_tokens`, `seconds` after the one before it.

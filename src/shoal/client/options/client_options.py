@@ -44,8 +44,9 @@ WIRES: Mapping[str, Encoding] = {"auto": "raw", "raw": "raw", "bfloat16": "bfloa
 UNPACKED = "raw"
 """The way to travel without packing. All others pack, without loss, what is there sooner then."""
 
-AUTO, OFF = "auto", "off"
-"""How the next tokens of a stream are guessed, if not by a model: from what the text repeats, or not at all."""
+AUTO, MTP, OFF = "auto", "mtp", "off"
+"""How the next tokens of a stream are guessed, if not by a model: from what the text repeats; by layers of the
+checkpoint that predict further tokens, too; or not at all."""
 
 HISTORIES: Mapping[str, Encoding] = {"exact": "raw", "bfloat16": "bfloat16", "int8": "int8"}
 """How inputs are kept for a replay, and the encoding that each name means."""
@@ -117,8 +118,8 @@ class ClientOptions:
     standby: bool = False
     """Whether a second server is kept warm for every server of a session."""
     draft: str | Path | PreTrainedModel = AUTO
-    """How streams guess their next tokens where that is faster: "auto", from what the text repeats; by this model too,
-    which is a folder, an id on the hub, or one that is loaded; or "off"."""
+    """How streams guess their next tokens where that is faster: "auto", from what the text repeats; by layers of the
+    checkpoint too ("mtp"), or by this model, which is a folder, an id on the hub, or one that is loaded; or "off"."""
     audits: AuditLevel = "low"
     """How often what servers answer is computed again by others, to find those that lie."""
     evidence_folder: Path | None = None
@@ -293,15 +294,15 @@ def parse_chooser(name: str) -> Chooser:
 
 
 def parse_draft(draft: T) -> T:
-    """How streams guess: "auto", "off", or a model. Raises `UserError` for text that cannot be any of them.
+    """How streams guess: "auto", "mtp", "off", or a model. Raises `UserError` for text that cannot be any of them.
 
     An id on the hub has an owner here, so that a misspelled "auto" is not one.
     """
-    if isinstance(draft, str | Path) and draft not in (AUTO, OFF):
+    if isinstance(draft, str | Path) and draft not in (AUTO, MTP, OFF):
         if isinstance(draft, str) and "/" not in draft and not is_path(draft) and not Path(draft).is_dir():
             raise UserError(
                 f"{draft!r} is not a way to guess tokens",
-                hint=f"use {AUTO}, {OFF}, or a model: a folder, or OWNER/NAME on the hub",
+                hint=f"use {AUTO}, {MTP}, {OFF}, or a model: a folder, or OWNER/NAME on the hub",
             )
         check_model(draft)
     return draft

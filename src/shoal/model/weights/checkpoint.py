@@ -155,6 +155,17 @@ class Checkpoint:
         """
         return self._read(name for name in self.file_of if self.family.block_of(name) is None)
 
+    def prediction_tensors(self) -> dict[str, Tensor]:
+        """All tensors of layers that predict further tokens, read in the same way; none if there are no such layers.
+
+        They are numbered behind the blocks, or named `mtp`.
+        """
+        return self._read(name for name in self.file_of if self._is_prediction(name))
+
+    def _is_prediction(self, name: str) -> bool:
+        block = self.family.block_of(name)
+        return name.startswith("mtp.") if block is None else block >= self.num_blocks
+
     def _read(self, names: Iterable[str]) -> dict[str, Tensor]:
         names_in: dict[str, list[str]] = {}
         for name in names:

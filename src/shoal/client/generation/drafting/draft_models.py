@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from shoal.client.blocks import RemoteSequential
 from shoal.client.generation.drafting.model_drafter import DraftModel
+from shoal.client.generation.drafting.mtp_layers import MtpLayers
 from shoal.client.options.client_options import ModelOptions
 from shoal.errors import CheckpointError, UnsupportedOperation, UserError
 from shoal.model.weights.checkpoint import Checkpoint
@@ -27,7 +28,7 @@ TOKENIZER = "tokenizer.json"
 
 
 class DraftModels:
-    """Opens drafts for one model, whose `config` and `files` these are. Copies of the model share it.
+    """Opens drafts for one model, which `config` and `checkpoint` describe. Copies of the model share it.
 
     A draft that is named is read once, to `device` and in `dtype`, with the `options` of the model where they say how
     the hub is asked. It is read as any weights are: from safetensors files, and without code that comes with it.
@@ -36,18 +37,19 @@ class DraftModels:
     def __init__(
         self,
         config: PreTrainedConfig,
-        files: Files,
+        checkpoint: Checkpoint,
         *,
         options: ModelOptions,
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> None:
         self._vocab_size: int = config.get_text_config(decoder=True).vocab_size
-        self._files = files
+        self._checkpoint, self._files = checkpoint, checkpoint.files
         self._options = options
         self._dtype, self._device = dtype, device
         self._opened: dict[str, DraftModel] = {}
         self._loaded: DraftModel | None = None  # the last one that a caller had loaded
+        self._own: MtpLayers | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DraftModels:
         """Weights are not copied."""
@@ -63,7 +65,7 @@ class DraftModels:
             if not isinstance(named, PreTrainedModel):
                 raise UserError(
                     f"{named!r} is not a way to guess tokens",
-                    hint='draft= is "auto", "off", or a model: a folder, an id on the hub, or one that is loaded',
+                    hint='draft= is "auto", "mtp", "off", or a model: a folder, an id on the hub, or a loaded one',
                 )
             if is_distributed(named):
                 raise UnsupportedOperation(
@@ -78,6 +80,20 @@ class DraftModels:
         if (found := self._opened.get(str(named))) is None:
             found = self._opened[str(named)] = self._open(named)
         return found
+
+    def own_layers(self, model: Any) -> MtpLayers:
+        """The layers of the model's own checkpoint that predict further tokens, read once.
+
+        Raises `UnsupportedOperation` if there are none, or if a server computes the head, and what reading them raises.
+        """
+        if model._remote_head is not None:
+            raise UnsupportedOperation(
+                "a model's own layers cannot guess where a server computes the head: they need what comes before it",
+                hint="open the model without remote_head, or with another draft",
+            )
+        if self._own is None:
+            self._own = MtpLayers.open(model, self._checkpoint)
+        return self._own
 
     def check_config(self, config: PreTrainedConfig, name: str) -> None:
         """Raises `UserError` if a draft with this config has a vocabulary of another size."""

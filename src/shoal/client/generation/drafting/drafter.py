@@ -1,10 +1,14 @@
 """What speculation needs of a source of guesses."""
 
+# N tokens, D hidden size
+
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
+
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,15 @@ class LooksFurther(Drafter, Protocol):
 
     def further(self, assumed: Sequence[int], count: int) -> list[int]:
         """The next tokens, at most `count`, if the text went on with those that are `assumed`; there may be none."""
+        ...
+
+
+@runtime_checkable
+class ReadsStates(Drafter, Protocol):
+    """A drafter that guesses from the model's last hidden states, too, which the client gets from the last server."""
+
+    def append_states(self, states_ND: Tensor) -> None:
+        """Those of the tokens before the last one, N of them, after the final norm. It is told after each `append`."""
         ...
 
 

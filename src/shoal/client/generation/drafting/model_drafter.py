@@ -21,15 +21,10 @@ import torch
 from transformers import DynamicCache
 
 from shoal.client.generation.drafting.drafter import Source
+from shoal.client.generation.drafting.guess_time import GuessTime
 
 PRIOR = 0.5
 """The part of its guesses that is expected to be right before any was judged."""
-NEWEST = 0.1
-"""What the newest measurement of the seconds of a guess counts, against all before it."""
-WARM_UPS = 4
-"""The model's first steps. The fastest of them says how long one takes: the very first takes longer than all others."""
-MOST_MEASURED = 8
-"""A guess behind more new tokens than this says little of how long others take."""
 PIECE = 32
 """How many tokens are read at once: outputs of servers wait for that at the most, and so does a guess."""
 
@@ -47,17 +42,9 @@ class DraftModel:
         self.max_length: int | None = getattr(config, "max_position_embeddings", None)
         """The longest text that it can read, in tokens; None if there is no limit."""
         self.model = model
-        self._clock = clock
         takes = inspect.signature(model.forward).parameters
         self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
-        self.seconds_each = min(self._warm_up() for _ in range(WARM_UPS))
-        """How long it takes to guess one token."""
-
-    def _warm_up(self) -> float:
-        """How long a step of one token takes."""
-        started = self._clock()
-        self.next_token([0], DynamicCache())
-        return self._clock() - started
+        self.time = GuessTime(lambda: self.next_token([0], DynamicCache()), clock)
 
     @torch.no_grad()
     def next_token(self, tokens: Sequence[int], cache: DynamicCache) -> int:
@@ -68,14 +55,14 @@ class DraftModel:
 
     def guesses(self, tokens: Sequence[int], count: int, cache: DynamicCache) -> list[int]:
         """The next `count` tokens behind these, and behind those that the cache has read. It reads all but the last."""
-        started = self._clock()
-        found = [self.next_token(tokens, cache)]
-        while len(found) < count:
-            found.append(self.next_token(found[-1:], cache))
-        if len(tokens) <= MOST_MEASURED:
-            each = (self._clock() - started) / count
-            self.seconds_each += NEWEST * (each - self.seconds_each)
-        return found
+
+        def guess() -> list[int]:
+            found = [self.next_token(tokens, cache)]
+            while len(found) < count:
+                found.append(self.next_token(found[-1:], cache))
+            return found
+
+        return self.time.measured(guess, num_new=len(tokens))
 
 
 class ModelDrafter:
@@ -118,7 +105,7 @@ class ModelDrafter:
 
     def source(self) -> Source | None:
         """Always of the same kind: how likely the guesses are right is seen from those before."""
-        return Source("model", PRIOR, self._draft.seconds_each) if self._can_guess and not self.is_behind else None
+        return Source("model", PRIOR, self._draft.time.seconds_each) if self._can_guess and not self.is_behind else None
 
     def guesses(self, count: int) -> list[int]:
         """What the model would write. There are fewer than `count` where its longest text ends."""
