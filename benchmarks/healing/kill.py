@@ -237,7 +237,7 @@ def heal(script: Sequence[tuple[torch.Tensor, list[int]]]) -> Healing:
         for each in model:
             each.close()
         logs = {child.name: child.log.read_text() for child in movable}
-        movers = [name for name, log in logs.items() if re.search(r"goes from blocks .* have no server", log)]
+        movers = [name for name, log in logs.items() if re.search(r"goes from blocks .* had no server", log)]
         loading = [float(seconds) for name in movers for seconds in re.findall(r"took ([\d.]+) s", logs[name])]
         faults = [fault for client in clients if (fault := client.fault) is not None]
         if len(movers) != 1:
