@@ -99,7 +99,7 @@ def test_a_long_job_ends_although_short_ones_come_faster_than_they_can_be_comput
 
 
 def test_running_to_completion_is_worst_when_there_is_much_to_do():
-    jobs = generations(SHORT, 100, rate=1.0, seed=2)
+    jobs = generations(SHORT, 60, rate=1.0, seed=2)
     rows = compare(jobs, ALL, [0.9], saturated_rate=saturation(jobs, SMALL))
     worst = max(rows, key=lambda row: row.mean)
     assert worst.policy == "run-to-completion"
