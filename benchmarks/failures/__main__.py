@@ -1,7 +1,7 @@
 """The speed of decoding through servers that fail, compared with the same servers without failures.
 
     python -m benchmarks.failures [--tokens 128 1024] [--window N] [--rates 1e-3 1e-2 1e-1] [--rounds 1] [--cap 30]
-        [--modes ours standby restarting no-caches] [--kills 8] [--threads 1] [--quick] [--json]
+        [--modes ours standby restarting no-caches guessing] [--kills 8] [--threads 1] [--quick] [--json]
 
 The model is the reference model in bf16, in four stages of four blocks with two servers each. With one client that is
 nine processes on this machine, with `--threads` threads each. With `--quick` it is the bundled model in float32, where
@@ -25,7 +25,8 @@ them. The cost of a failure grows linearly with its position, so the mean is tha
 then not run; only their expected speeds are printed.
 
 At the end, a server in use is killed (SIGKILL) with 1,024 tokens in the session, `--kills` times. The result is the
-longest gap between two tokens, in steps.
+longest gap between two tokens, in steps. With the mode `guessing`, the same is done to a session whose steps carry
+guesses, 85 of 100 of which are right, as many as it finds worth it or a fixed number (`--guesses`).
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
@@ -61,6 +62,7 @@ from benchmarks.common.machine import describe_machine
 from benchmarks.common.reference import reference_model
 from benchmarks.failures.stages import FailingServer, Stages, stages_of
 from benchmarks.failures.tables import MODES, Gap, Run, print_gaps, print_runs
+from benchmarks.speculation import KnownText
 from shoal import AutoDistributedModelForCausalLM
 
 QUICK_MODEL = Path(shoal.__file__).parent / "bundled" / "stories"
@@ -68,6 +70,10 @@ NUM_STAGES = 4
 PROMPT_TOKENS = 8  # less than a page, so that no server has cached the prompt
 TOKENS_PER_ROUND = 512
 """Short generations are repeated until they have this many tokens, since at low rates few of them meet a failure."""
+ACCEPTANCE = 0.85
+"""How many of the guesses are right, in the mode that guesses."""
+SAME_STEP = 0.002
+"""Tokens that come so soon after one another came with one step."""
 MAX_SECONDS = 900.0
 """The limit for ours, which always finishes. A run that reaches it is reported as not finished."""
 
@@ -85,6 +91,7 @@ class Bench:
         cap: float,
         window: int | None,
         vocabulary: int,
+        guesses: int | None,
     ) -> None:
         self._stages = stages
         self._window = window
@@ -95,6 +102,9 @@ class Bench:
         self._clients: dict[str, Any] = {"ours": self._client(model)}
         if "standby" in modes:
             self._clients["standby"] = self._client(model, standby=True)
+        if "guessing" in modes:
+            self._clients["guessing"] = self._clients["ours"]
+        self._guesses = guesses
         self._unprotected = self._client(model)
         without_retries(self._unprotected)
 
@@ -122,6 +132,8 @@ class Bench:
                 undisturbed = self._timed("ours", num_tokens, 0.0, index)
                 yield self._run("ours", num_tokens, 0.0, undisturbed, undisturbed)
                 for mode in self._modes:
+                    if mode == "guessing":
+                        continue  # it is measured by kills
                     if mode in self._clients:
                         for rate in (0.0, *rates) if mode != "ours" else rates:
                             timed = self._timed(mode, num_tokens, rate, index)
@@ -216,6 +228,11 @@ class Bench:
 
     def _gap(self, mode: str, client: Any, index: int, num_prompt: int, before: int, after: int) -> Gap:
         chance = random.Random(index)
+        prompt, draft = self._prompt(1000 + index, num_prompt), None
+        wanted: Sequence[int] = ()
+        if mode == "guessing":
+            wanted = told(client, prompt, before + after, draft="off").tokens
+            draft = KnownText([*prompt[0].tolist(), *wanted], ACCEPTANCE, says=ACCEPTANCE, seed=index)
         self._stages.fail_at(0.0, index)
         killed: list[tuple[float, FailingServer]] = []
 
@@ -232,9 +249,11 @@ class Bench:
                     timer.start()
 
             timer = threading.Timer(chance.uniform(0, 0.1), kill)
-            generation = generate(
-                client, self._prompt(1000 + index, num_prompt), before + after, came=came, session=session
-            )
+            if draft is None:
+                generation = generate(client, prompt, before + after, came=came, session=session)
+            else:
+                guesses = self._guesses
+                generation = told(client, prompt, before + after, came=came, draft=draft, num_guesses=guesses)
             timer.join()
         gaps = generation.gaps()
         when, victim = killed[0]
@@ -242,8 +261,24 @@ class Bench:
         return Gap(
             mode,
             max(seconds for at, seconds in gaps if at > when),
-            statistics.median(seconds for at, seconds in gaps if at < when),
+            statistics.median(seconds for at, seconds in gaps if at < when and seconds > SAME_STEP),
+            generation.tokens == wanted if wanted else None,
         )
+
+
+def told(
+    client: Any, prompt: torch.Tensor, num_tokens: int, *, came: Callable[[int], None] | None = None, **how: Any
+) -> Generation:
+    """A stream of these tokens. After each, `came` is called with the number of tokens so far."""
+    began, times, tokens = time.perf_counter(), list[float](), list[int]()
+    how |= {"max_new_tokens": num_tokens, "min_new_tokens": num_tokens, "attention_mask": torch.ones_like(prompt)}
+    with client.stream(prompt, **how) as stream:
+        for token in stream:
+            times.append(time.perf_counter())
+            tokens.append(token.id)
+            if came is not None:
+                came(len(tokens))
+    return Generation(began, times, tokens)
 
 
 def main() -> int:
@@ -254,6 +289,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--cap", type=float, default=30.0, help="seconds for a run of a baseline")
     parser.add_argument("--kills", type=int, default=8)
+    parser.add_argument("--guesses", type=int, help="how many a step of the mode guessing carries; default: measured")
     parser.add_argument(
         "--window", type=int, help="compute only this many tokens, in the middle of a longer generation"
     )
@@ -283,6 +319,7 @@ def main() -> int:
             cap=arguments.cap,
             window=arguments.window,
             vocabulary=config.vocab_size,
+            guesses=arguments.guesses,
         )
         try:
             for run in bench.runs(arguments.tokens, arguments.rates, arguments.rounds):
@@ -298,7 +335,7 @@ def main() -> int:
         print(json.dumps({**about, "runs": [asdict(run) for run in runs], "gaps": [asdict(gap) for gap in gaps]}))
     else:
         print_all(runs, gaps, load_before, num_prompt)
-    return int(arguments.quick and any(run.same_tokens is False for run in runs))
+    return int(arguments.quick and any(each.same_tokens is False for each in (*runs, *gaps)))
 
 
 def print_all(runs: Sequence[Run], gaps: Sequence[Gap], load_before: float, num_prompt: int) -> None:

@@ -25,6 +25,7 @@ import transformers
 
 from shoal.net import NetworkConfig, join
 from shoal.net.transport import Stream, StreamBroken, StreamHandler, Transport
+from shoal.policy.network.reachability import Reach
 from shoal.server.config import ServerConfig
 from shoal.server.engine.engine import Engine
 from shoal.server.server import serve
@@ -45,6 +46,13 @@ class BreakableTransport:
     @property
     def addresses(self) -> tuple[str, ...]:
         return self._transport.addresses
+
+    @property
+    def reach(self) -> Reach:
+        return self._transport.reach
+
+    async def reach_other_than(self, last: Reach) -> Reach:
+        return await self._transport.reach_other_than(last)
 
     def sign(self, data: bytes) -> bytes:
         return self._transport.sign(data)
@@ -106,9 +114,10 @@ class Amnesia:
 async def run(config: ServerConfig, peers: Sequence[str]) -> None:
     network = NetworkConfig(initial_peers=tuple(peers), host="127.0.0.1")
     async with join(network) as node:
-        transport = BreakableTransport(node.transport)
+        breakable = BreakableTransport(node.transport)
+        transport: Transport = breakable  # `replace` does not check it
         async with serve(config, replace(node, transport=transport)) as server:
-            amnesia = Amnesia(server.engine, transport)
+            amnesia = Amnesia(server.engine, breakable)
             say({"peer": server.info.peer, "address": server.info.addresses[0]})
             while line := await asyncio.to_thread(sys.stdin.readline):
                 say({"failures": amnesia.obey(json.loads(line))})

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-MODES = ("ours", "standby", "restarting", "no-caches")
+MODES = ("ours", "standby", "restarting", "no-caches", "guessing")
 GOALS = {
     ("ours", 128): {1e-3: 0.98, 1e-2: 0.85, 1e-1: 0.40},
     ("ours", 1024): {1e-3: 0.95, 1e-2: 0.70, 1e-1: 0.25},
@@ -30,11 +30,15 @@ class Run:
 
 @dataclass(frozen=True)
 class Gap:
-    """The longest gap between two tokens after a server was killed, and the median step before that, in seconds."""
+    """The longest gap between two tokens after a server was killed, and the median step before that, in seconds.
+
+    `same_tokens` is whether they are those of an undisturbed generation; None if that was not compared.
+    """
 
     mode: str
     seconds: float
     step_seconds: float
+    same_tokens: bool | None = None
 
 
 def median_of(values: Sequence[float | None]) -> float | None:
@@ -63,13 +67,15 @@ def print_runs(runs: Sequence[Run]) -> None:
 
 def print_gaps(gaps: Sequence[Gap], num_tokens: int) -> None:
     print(f"\nA server killed at {num_tokens} tokens; the longest gap between two tokens:\n")
-    print("| mode | kills | a step, ms | median gap, ms | in steps | worst gap, ms | in steps |")
-    print("|---|---|---|---|---|---|---|")
+    print("| mode | kills | a step, ms | median gap, ms | in steps | worst gap, ms | in steps | same tokens |")
+    print("|---|---|---|---|---|---|---|---|")
     for mode in dict.fromkeys(gap.mode for gap in gaps):
         of_mode = [gap for gap in gaps if gap.mode == mode]
         step = statistics.median(gap.step_seconds for gap in of_mode)
+        compared = [gap.same_tokens for gap in of_mode if gap.same_tokens is not None]
         middle, worst = (act(gap.seconds for gap in of_mode) for act in (statistics.median, max))
         print(
             f"| {mode} | {len(of_mode)} | {1e3 * step:.0f} | {1e3 * middle:.0f} | **{middle / step:.1f}** "
-            f"| {1e3 * worst:.0f} | **{worst / step:.1f}** |"
+            f"| {1e3 * worst:.0f} | **{worst / step:.1f}** "
+            f"| {f'{sum(compared)} of {len(compared)}' if compared else ''} |"
         )
