@@ -62,6 +62,7 @@ from benchmarks.common.reference import reference_model
 from benchmarks.failures.stages import FailingServer, Stages, stages_of
 from benchmarks.failures.tables import MODES, Gap, Run, print_gaps, print_runs
 from shoal import AutoDistributedModelForCausalLM
+from shoal.host.processes import interruptible
 
 QUICK_MODEL = Path(shoal.__file__).parent / "bundled" / "stories"
 NUM_STAGES = 4
@@ -246,6 +247,7 @@ class Bench:
         )
 
 
+@interruptible()
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[128, 1024])
