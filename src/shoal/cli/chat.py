@@ -92,9 +92,8 @@ def converse(
             rewind(session, ids)
             with note.during():
                 of_answer = None if seed is None else seed + len(transcript.messages)
-                num_new = (
-                    min(chosen["max_new_tokens"], session.room_after(ids.shape[1])) or 1
-                )  # without room, it says so
+                room = max(1, session.room_after(ids.shape[1]))  # without room, the session says so
+                num_new = min(chosen["max_new_tokens"], room)
                 limited = chosen | {"max_new_tokens": num_new}
                 _, cut, _ = say(llm, ids, printer, session=session, seed=of_answer, **limited)
         except KeyboardInterrupt:
