@@ -32,6 +32,7 @@ from benchmarks.common.clients import announced, at_the_same_time, generate
 from benchmarks.common.machine import describe_machine
 from shoal import AutoDistributedModelForCausalLM
 from shoal.bundled import STORIES
+from shoal.host.processes import interruptible
 from shoal.simulator.steps.twin import summed_speed
 from shoal.testing import Link, ShapedSwarm, shaped_swarm
 
@@ -152,6 +153,7 @@ def measure(
     }
 
 
+@interruptible()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)

@@ -19,6 +19,7 @@ import transformers
 
 from benchmarks.common.machine import describe_machine
 from benchmarks.common.reference import reference_model
+from shoal.host.processes import interruptible
 from shoal.model.body import Body
 from shoal.model.linear.quantization import Quantization
 from shoal.model.loading import load_body
@@ -127,6 +128,7 @@ def findings_of(device: str, dtype: torch.dtype, quantization: Quantization, num
     }
 
 
+@interruptible()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")

@@ -15,7 +15,6 @@ import asyncio
 import contextlib
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -34,9 +33,10 @@ from transformers import AutoModelForCausalLM
 from benchmarks.common.clients import Generation, decoding_speed, generate_together, local_batch_speed
 from benchmarks.common.machine import describe_machine
 from benchmarks.common.reference import reference_model
-from benchmarks.common.swarm import servers
+from benchmarks.common.swarm import benchmarked, servers, started
 from benchmarks.table import PROMPT_TOKENS, SPANS, prompts_of
 from shoal import AutoDistributedModelForCausalLM
+from shoal.host.processes import interruptible
 
 WAYS = ("local batch", "generate() in threads", "streams", "HTTP")
 
@@ -72,14 +72,8 @@ def with_tokenizer(model: Path) -> Iterator[Path]:
 def gateway(model: Path, address: str) -> Iterator[str]:
     """A gateway process; yields its base URL."""
     options = ("--initial-peers", address, "--port", "0", "--dtype", "bfloat16", "--remote-head")
-    command = [sys.executable, "-m", "shoal", "gateway", str(model), *options]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        yield next(line.split()[1] for line in process.stdout if line.startswith("address"))
-    finally:
-        process.terminate()
-        process.wait()
+    with benchmarked() as children:
+        yield started(children, "gateway", "gateway", str(model), *options).facts["address"]
 
 
 async def stream_one(model: Any, prompt: torch.Tensor, num_tokens: int) -> Generation:
@@ -158,6 +152,7 @@ def measure(clients: Sequence[int], num_tokens: int, rounds: int) -> list[Row]:
     return rows
 
 
+@interruptible()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])

@@ -30,6 +30,7 @@ from benchmarks.common.machine import describe_machine
 from benchmarks.common.reference import made_model
 from benchmarks.common.swarm import servers
 from shoal import AutoDistributedModelForCausalLM
+from shoal.host.processes import interruptible
 
 LENGTHS = (128, 2048, 4096, 8192, 16384, 32768)
 DECODED_TOKENS = 24
@@ -88,6 +89,7 @@ def step_bytes(folder: Path, length: int, num_blocks: int) -> int:
     return weights + length * num_blocks * 2 * config.num_key_value_heads * head_size * torch.bfloat16.itemsize
 
 
+@interruptible()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)

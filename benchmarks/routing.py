@@ -30,6 +30,7 @@ from dataclasses import dataclass, replace
 
 from benchmarks.common.machine import describe_machine
 from benchmarks.common.simulated import Simulated, Traffic
+from shoal.host.processes import interruptible
 from shoal.peers import short
 from shoal.policy.machines.bound import throughput_bound
 from shoal.policy.machines.throughput import exact_throughput
@@ -220,6 +221,7 @@ COLUMNS = {
 }  # fmt: skip
 
 
+@interruptible()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--servers", type=int, nargs="+", default=[10, 100, 1000])

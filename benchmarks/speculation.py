@@ -50,6 +50,7 @@ from benchmarks.common.machine import describe_machine
 from shoal import AutoDistributedModelForCausalLM
 from shoal.bundled import STORIES, STORIES_DRAFT
 from shoal.client.generation.drafting.drafter import Source
+from shoal.host.processes import interruptible
 from shoal.testing import Link, shaped_swarm
 
 NUM_STAGES = 4
@@ -278,6 +279,7 @@ def median(figures: Sequence[Figure]) -> Figure:
     )
 
 
+@interruptible()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")

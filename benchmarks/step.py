@@ -22,6 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.common.machine import describe_machine
 from benchmarks.common.reference import reference_model
+from shoal.host.processes import interruptible
 from shoal.model.linear.quantization import Quantization
 from shoal.model.loading import load_body
 from shoal.model.weights.checkpoint import Checkpoint
@@ -87,6 +88,7 @@ def profile_of(act: Callable[[], Any], seconds: float) -> dict[str, float]:
     return parts
 
 
+@interruptible()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sessions", type=int, nargs="+", default=[1, 8])

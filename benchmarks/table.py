@@ -32,6 +32,7 @@ from benchmarks.common.machine import describe_machine
 from benchmarks.common.reference import reference_model
 from benchmarks.common.swarm import servers
 from shoal import AutoDistributedModelForCausalLM
+from shoal.host.processes import interruptible
 
 SPANS = ("0:8", "8:16")
 PROMPT_TOKENS = 64
@@ -242,6 +243,7 @@ def rows_of(names: list[str], rounds: int) -> Iterator[Row]:
             yield from result if isinstance(result, list) else [result]
 
 
+@interruptible()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)

@@ -18,11 +18,13 @@ import sys
 from benchmarks.abuse.attacker import attacks_of
 from benchmarks.abuse.experiment import print_table, run
 from benchmarks.common.machine import describe_machine
+from shoal.host.processes import interruptible
 
 MODULES = ("limits_attacks", "directory_attacks", "route_attacks", "compute_attacks")
 """The modules with attacks."""
 
 
+@interruptible()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help="the attacks; all by default")

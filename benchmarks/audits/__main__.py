@@ -36,6 +36,7 @@ from benchmarks.common.machine import describe_machine
 from shoal.bundled import STORIES
 from shoal.client.decoding.auditing.claim import FIRST_POSITION, WINDOW_TOKENS
 from shoal.client.swarm.comparing.distances import distances
+from shoal.host.processes import interruptible
 from shoal.model.weights.checkpoint import Checkpoint
 from shoal.net.wire.encodings import as_received
 from shoal.policy.audits.likeness import MIN_TOKENS, Allowed, allowed_among, are_alike, typical
@@ -212,6 +213,7 @@ def show(found: dict[str, Any]) -> None:
         print(f"| {name} | " + " | ".join(cells) + " |")
 
 
+@interruptible()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=STORIES, help="the bundled one by default")

@@ -4,10 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import os
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+from shoal.host.processes import Child, Children
+
+START_SECONDS = 900.0
+"""A model of many gigabytes takes minutes to load."""
+GRACE_SECONDS = 30.0
+"""The time that a process gets to leave the swarm."""
+
+
+def benchmarked() -> Children:
+    """Processes as a benchmark has them: with as many threads as they choose, and with their logs on its stderr."""
+    return Children(num_threads=None, grace_seconds=GRACE_SECONDS, shares_stderr=True)
+
+
+def started(children: Children, name: str, *arguments: str) -> Child:
+    """Start `shoal` with these arguments, and wait until it has printed its address. Raises `SwarmError`."""
+    child = children.start(name, *arguments)
+    for _ in children.wait_for([child], seconds=START_SECONDS):
+        pass
+    return child
 
 
 @contextlib.contextmanager
@@ -24,14 +42,15 @@ def servers(
     All have the same options, and the last one also those in `of_last`. With `cores`, each runs on its own core. All
     compute on one `device`.
     """
-    with contextlib.ExitStack() as stack:
+    common = ("serve", str(model), "--host", "127.0.0.1", "--device", device, *options)
+    with benchmarked() as children:
         address = ""
         for index, span in enumerate(spans):
             join = ("--initial-peers", address) if address else ("--new-swarm",)
             own = of_last if index == len(spans) - 1 else ()
             with contextlib.nullcontext() if cores is None else _only_on(cores[index]):
-                printed = _start(stack, model, span, "--device", device, *join, *options, *own)
-            address = address or printed
+                server = started(children, f"server-{index}", *common, "--blocks", span, *join, *own)
+            address = address or server.facts["address"]
         yield address
 
 
@@ -44,16 +63,3 @@ def _only_on(core: int) -> Iterator[None]:
         yield
     finally:
         os.sched_setaffinity(0, before)
-
-
-def _start(stack: contextlib.ExitStack, model: Path, span: str, *options: str) -> str:
-    placed = ("--host", "127.0.0.1", "--blocks", span)
-    command = [sys.executable, "-m", "shoal", "serve", str(model), *placed, *options]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    stack.callback(server.wait)
-    stack.callback(server.terminate)
-    assert server.stdout is not None
-    for line in server.stdout:
-        if line.startswith("address"):
-            return line.split()[1]
-    raise SystemExit(f"the server of blocks {span} ended with status {server.wait()}")

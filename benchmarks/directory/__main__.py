@@ -25,6 +25,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from benchmarks.common.machine import describe_machine
+from shoal.host.processes import interruptible
 from shoal.net.catalog import Listing
 from shoal.net.identity import Identity
 from shoal.net.participant import Participant
@@ -309,6 +310,7 @@ async def measure_routing(number: int) -> dict[str, float]:
         return {"nodes": number, "bytes_of_a_key": (client.bytes_received - before) / num_buckets(80)}
 
 
+@interruptible()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--servers", type=int, nargs="+", default=[100, 1000, 10_000])

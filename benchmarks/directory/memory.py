@@ -26,6 +26,7 @@ from hivemind.proto import dht_pb2
 from hivemind.utils import MSGPackSerializer
 
 from benchmarks.common.machine import describe_machine
+from shoal.host.processes import interruptible
 from shoal.net.addressing.origins import origin_of
 from shoal.net.identity import Identity
 from shoal.net.libp2p.hash_table.dht_limits import LimitedDHTProtocol
@@ -143,6 +144,7 @@ async def measure(kind: str) -> int:
     return grown
 
 
+@interruptible()
 def main() -> int:
     if len(sys.argv) > 1:
         return int(asyncio.run(measure(sys.argv[1])) > MAX_TABLE_BYTES + MAX_OPENED_BYTES + SPARE_BYTES)

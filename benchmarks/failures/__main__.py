@@ -64,6 +64,7 @@ from benchmarks.failures.stages import FailingServer, Stages, stages_of
 from benchmarks.failures.tables import MODES, Gap, Run, print_gaps, print_runs
 from benchmarks.speculation import KnownText
 from shoal import AutoDistributedModelForCausalLM
+from shoal.host.processes import interruptible
 
 QUICK_MODEL = Path(shoal.__file__).parent / "bundled" / "stories"
 NUM_STAGES = 4
@@ -281,6 +282,7 @@ def told(
     return Generation(began, times, tokens)
 
 
+@interruptible()
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[128, 1024])

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import transformers
 
+from shoal.host.processes import interruptible
 from shoal.net import NetworkConfig, join
 from shoal.net.transport import Stream, StreamBroken, StreamHandler, Transport
 from shoal.policy.network.reachability import Reach
@@ -127,6 +128,7 @@ def say(what: dict[str, Any]) -> None:
     print(json.dumps(what), flush=True)
 
 
+@interruptible()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")

@@ -29,6 +29,7 @@ from benchmarks.common.machine import describe_machine
 from benchmarks.common.swarm import servers
 from benchmarks.families.models import SHAPES, VOCABULARY, family_model
 from shoal import AutoDistributedModelForCausalLM
+from shoal.host.processes import interruptible
 
 NUM_CLIENTS = 8
 PROMPT_TOKENS = 64
@@ -111,6 +112,7 @@ def _all(ratios: tuple[float, ...]) -> str:
     return f"{median(ratios):.2f} [{min(ratios):.2f}..{max(ratios):.2f}]"
 
 
+@interruptible()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=SHAPES, default=list(SHAPES))

@@ -29,6 +29,7 @@ from benchmarks.common.machine import describe_machine
 from benchmarks.common.reference import llama_8b_config, made_model, tiny_config
 from benchmarks.common.swarm import servers
 from benchmarks.gpu.rows import ROWS, Setting, describe_device, measure
+from shoal.host.processes import interruptible
 
 TOTAL_SECONDS = 460.0
 """What the whole run may take, with the end of the servers: a little under eight minutes."""
@@ -93,16 +94,13 @@ def measured(name: str, setting: Setting, seconds: float) -> Outcome:
     if seconds < 5:
         return Outcome(name, 0.0, failure="no time was left")
     command = [sys.executable, "-m", "benchmarks.gpu.run", "--row", name, "--setting", setting.as_json()]
-    row = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
-        printed, _ = row.communicate(timeout=seconds)
+        row = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=seconds, check=False)
     except subprocess.TimeoutExpired:
-        row.kill()
-        row.communicate()
         return Outcome(name, time.monotonic() - began, failure=f"not done after {seconds:.0f} s")
     taken = time.monotonic() - began
     try:
-        said = json.loads(printed.splitlines()[-1])
+        said = json.loads(row.stdout.splitlines()[-1])
     except (IndexError, ValueError):
         return Outcome(name, taken, failure=f"it ended with status {row.returncode}")
     return Outcome(name, taken, tuple(said.get("figures", ())), said.get("failure", ""))
@@ -180,6 +178,7 @@ def parsed() -> argparse.Namespace:
     return parser.parse_args()
 
 
+@interruptible()
 def main() -> None:
     arguments = parsed()
     if arguments.row is not None:

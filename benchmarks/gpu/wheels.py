@@ -17,6 +17,8 @@ import tempfile
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
+from shoal.host.processes import interruptible
+
 MAX_BYTES = 64 << 20
 """What may be carried to such a machine."""
 ROOTS = ("shoal", "pytest", "hypothesis")
@@ -49,6 +51,7 @@ def needed() -> dict[str, str]:
     return found
 
 
+@interruptible()
 def main() -> None:
     if len(sys.argv) not in (2, 3) or sys.argv[1] in ("-h", "--help"):
         raise SystemExit(__doc__)

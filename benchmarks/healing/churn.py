@@ -27,7 +27,7 @@ from benchmarks.common.conversations import write_conversations
 from benchmarks.healing.kill import Processes, missing, swarm
 from benchmarks.soak.clients import SoakClients
 from benchmarks.soak.options import soak_parser, soak_script
-from shoal.host.processes import Child
+from shoal.host.processes import Child, interruptible
 
 MOST_BLOCKS = "5"
 DOWN_SECONDS = 10.0
@@ -142,6 +142,7 @@ def judge(clients: SoakClients, holes: Holes, folder: Path) -> int:
     return int(bool(faults))
 
 
+@interruptible()
 def main() -> int:
     parser = soak_parser(__doc__, every=20, event="kill")
     parser.add_argument("--servers", type=int, default=6)

@@ -39,7 +39,7 @@ from benchmarks.soak.clients import difference
 from shoal import AutoDistributedModelForCausalLM
 from shoal.cli.status import look
 from shoal.client.options.client_options import ClientOptions
-from shoal.host.processes import Child, Children
+from shoal.host.processes import Child, Children, interruptible
 from shoal.peers import ServerInfo, ServerState
 from shoal.policy.view import SwarmView
 
@@ -288,6 +288,7 @@ def measure_starts(starts: int, num_servers: int) -> bool:
     return not holes
 
 
+@interruptible()
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=3)

@@ -35,6 +35,7 @@ from benchmarks.inversion.defenses import (
 )
 from shoal.bundled import STORIES
 from shoal.cli.terminal.console import stderr
+from shoal.host.processes import interruptible
 from shoal.tensors import Encoding
 
 PROMPTS = (
@@ -248,6 +249,7 @@ def secret(bench: Bench) -> None:
 PARTS: dict[str, Callable[[Bench], None]] = {"depth": depth, "noise": noise, "ends": ends, "secret": secret}
 
 
+@interruptible()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=STORIES)

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.common.reference import reference_config, reference_model
+from shoal.host.processes import interruptible
 
 NUM_TOKENS = 128
 LIMIT = 1 / 3
@@ -60,6 +61,7 @@ def report() -> None:
     print(json.dumps({"peak": peak, "private": private}))
 
 
+@interruptible()
 def main() -> int:
     folder = str(reference_model())
     rows = {

@@ -22,6 +22,7 @@ from typing import Any
 from benchmarks.common.machine import describe_machine
 from benchmarks.common.reference import reference_model
 from benchmarks.common.swarm import servers
+from shoal.host.processes import interruptible
 
 PROMPT_TOKENS = 64
 CLIENTS: dict[str, dict[str, Any]] = {
@@ -61,6 +62,7 @@ def client(folder: str, address: str, options: dict[str, Any], num_tokens: int) 
     }
 
 
+@interruptible()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=48)

@@ -23,6 +23,7 @@ import torch
 from benchmarks.common.machine import describe_machine
 from shoal.client.history.history import History
 from shoal.client.history.history_store import HistoryStore
+from shoal.host.processes import interruptible
 from shoal.net.wire.encodings import as_received
 from shoal.tensors import Encoding
 
@@ -80,6 +81,7 @@ def measure(setting: str, count: int) -> dict[str, object]:
     }
 
 
+@interruptible()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=4096)

@@ -40,6 +40,7 @@ from benchmarks.common.machine import describe_machine
 from benchmarks.common.reference import reference_model
 from shoal import AutoDistributedModelForCausalLM
 from shoal.bundled import STORIES
+from shoal.host.processes import interruptible
 from shoal.testing import Link, ShapedSwarm, shaped_swarm
 
 NUM_STAGES = 4
@@ -214,6 +215,7 @@ def print_table(
     print()
 
 
+@interruptible()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")

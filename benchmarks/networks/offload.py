@@ -25,6 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.common.machine import describe_machine
 from benchmarks.common.reference import reference_model
+from shoal.host.processes import interruptible
 
 FORWARD_TOKENS = 128
 
@@ -103,6 +104,7 @@ def measure(folder: Path, contexts: Sequence[int], num_steps: int, batch_sizes: 
         }
 
 
+@interruptible()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path)

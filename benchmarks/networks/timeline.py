@@ -34,6 +34,7 @@ from benchmarks.common.machine import describe_machine
 from benchmarks.speculation import NUM_STAGES, START, KnownText, tell
 from shoal import AutoDistributedModelForCausalLM, InferenceSession
 from shoal.bundled import STORIES
+from shoal.host.processes import interruptible
 from shoal.testing import Link, shaped_swarm
 
 TRIP_SECONDS = 0.05
@@ -184,6 +185,7 @@ def draw(drawn: dict[str, Round], out: Path) -> None:
     figure.savefig(out, metadata={"Date": None} if out.suffix == ".svg" else None)
 
 
+@interruptible()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=STORIES)

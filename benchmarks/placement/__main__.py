@@ -24,6 +24,7 @@ import numpy as np
 
 from benchmarks.common.machine import describe_machine
 from benchmarks.placement.swarms import Cluster, clusters, random_machines, scoring_of
+from shoal.host.processes import interruptible
 from shoal.policy.machines.bound import throughput_bound
 from shoal.policy.machines.fleet import Fleet
 from shoal.policy.machines.machine import Machine
@@ -149,6 +150,7 @@ def shares(
     return f"{least / bound:.2f}/{exact / bound:.3f}{figures}" + ("" if moves is None else f", {moves}")
 
 
+@interruptible()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clusters", type=Path)

@@ -35,6 +35,7 @@ from benchmarks.common.conversations import Conversation, write_conversations
 from benchmarks.soak.clients import SoakClients
 from benchmarks.soak.options import soak_parser, soak_script
 from benchmarks.soak.steady import IDLE_SECONDS, MAX_GROWTH, MODEL, open_model
+from shoal.host.processes import interruptible
 from shoal.spans import Span
 from shoal.testing import ShapedServer, ShapedSwarm, shaped_swarm
 from shoal.testing.churn import CURES, Act, Event, churning, is_redundant, random_churn
@@ -260,6 +261,7 @@ def soak(script: list[Conversation], seconds: float, every: float, seed: int, lo
                 shutil.copytree(folder, logs, ignore=lambda _, names: [each for each in names if "." not in each])
 
 
+@interruptible()
 def main() -> int:
     parser = soak_parser(__doc__, every=8, event="failure")
     arguments = parser.parse_args()

@@ -29,7 +29,7 @@ from benchmarks.common.clients import announced
 from benchmarks.common.machine import describe_machine
 from shoal import AutoDistributedModelForCausalLM
 from shoal.bundled import STORIES
-from shoal.host.processes import Child
+from shoal.host.processes import Child, interruptible
 from shoal.testing import ShapedSwarm, shaped_swarm
 
 SPANS = ("0:4", "4:8", "8:12", "0:4", "4:8", "8:12")
@@ -144,6 +144,7 @@ def rooms(swarm: ShapedSwarm) -> list[int]:
         model.close()
 
 
+@interruptible()
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=5)

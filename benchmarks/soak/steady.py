@@ -33,6 +33,8 @@ from benchmarks.common.clients import announced
 from benchmarks.common.machine import describe_machine
 from benchmarks.common.swarm import servers
 from shoal import AutoDistributedModelForCausalLM
+from shoal.cli.service.long_running import end_with_parent
+from shoal.host.processes import interruptible
 
 MODEL = Path(shoal.__file__).parent / "bundled" / "stories"
 NUM_BLOCKS = 12
@@ -69,7 +71,8 @@ def use(model: Any, chance: random.Random, abandoned: deque[Any]) -> None:
 
 
 def work(address: str, num_clients: int) -> None:
-    """Run clients until the process is killed."""
+    """Run clients until the process is killed, or its parent has ended."""
+    end_with_parent()
     model = open_model(address)
 
     def use_forever(seed: int) -> None:
@@ -94,7 +97,11 @@ def run_clients(address: str, num_clients: int, seconds: float) -> Iterator[floa
         "--clients",
         str(num_clients // NUM_PROCESSES),
     ]
-    processes = [subprocess.Popen(command) for _ in range(NUM_PROCESSES)]
+
+    def begin() -> subprocess.Popen[bytes]:
+        return subprocess.Popen(command, stdin=subprocess.PIPE)  # ends with this process
+
+    processes = [begin() for _ in range(NUM_PROCESSES)]
     start = time.monotonic()
     try:
         for turn in itertools.count():
@@ -106,7 +113,7 @@ def run_clients(address: str, num_clients: int, seconds: float) -> Iterator[floa
                 oldest = processes.pop(0)
                 oldest.kill()
                 oldest.wait()
-                processes.append(subprocess.Popen(command))
+                processes.append(begin())
     finally:
         for process in processes:
             process.kill()
@@ -132,6 +139,7 @@ def tokens_left(model: Any) -> list[int]:
     return [server.cache_tokens_left for server in announced(model)]
 
 
+@interruptible()
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=300)

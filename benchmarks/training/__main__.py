@@ -34,6 +34,7 @@ from benchmarks.training.exactness import exactness
 from benchmarks.training.kills import kills
 from benchmarks.training.memory import memory
 from benchmarks.training.speed import Scale, compare_with_local, compare_with_one_server, compare_with_unshaped
+from shoal.host.processes import interruptible
 
 PARTS: dict[str, Callable[[Scale], Table | None]] = {
     "exactness": lambda scale: exactness(),
@@ -46,6 +47,7 @@ PARTS: dict[str, Callable[[Scale], Table | None]] = {
 EXACT = ("exactness", "kills")
 
 
+@interruptible()
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))

@@ -32,6 +32,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.common.machine import describe_machine
 from shoal.bundled import STORIES
+from shoal.host.processes import interruptible
 from shoal.net import NetworkConfig, join
 from shoal.net.transport import Stream
 from shoal.net.wire import codec
@@ -191,6 +192,7 @@ def run_lines(model: Path, rounds: int) -> list[dict[str, Any]]:
             return asyncio.run(measure_lines(address, port, proxies, hidden, rounds))
 
 
+@interruptible()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int)

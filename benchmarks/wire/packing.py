@@ -34,6 +34,7 @@ from benchmarks.common.machine import describe_machine
 from benchmarks.common.reference import reference_model
 from shoal import AutoDistributedModelForCausalLM
 from shoal.bundled import STORIES
+from shoal.host.processes import interruptible
 from shoal.testing import Link, ShapedSwarm, shaped_swarm
 
 NETWORKS = {
@@ -121,6 +122,7 @@ def _row(network: str, auto: Sequence[tuple[float, int]], raw: Sequence[tuple[fl
     )
 
 
+@interruptible()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")

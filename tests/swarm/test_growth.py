@@ -139,7 +139,7 @@ def test_prompts_of_peft_are_generated_from(
 def test_a_limit_that_the_user_set_stays(swarm: MakeSwarm, whole: PreTrainedModel):
     model = swarm("0:4").model()
     with model.inference_session(max_length=8) as session:
-        with pytest.raises(UserError, match="9 tokens in a session of at most 8"):
+        with pytest.raises(UserError, match="5 tokens and 20 new ones in a session of at most 8"):
             model.generate(PROMPT, max_new_tokens=20)
         assert session.max_length == 8
         assert model.generate(PROMPT, max_new_tokens=3).tolist() == whole.generate(PROMPT, max_new_tokens=3).tolist()

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from shoal import (
@@ -84,14 +84,70 @@ def test_tokens_that_would_be_read_twice_are_refused(swarm: MakeSwarm):
             model.generate(edited, max_new_tokens=1, session=session)
 
 
-def test_a_session_that_gets_too_long_says_so_and_stays_usable(swarm: MakeSwarm, whole: PreTrainedModel):
+TOO_LONG = "5 tokens and 5 new ones in a session of at most 8"
+
+
+def as_generated(model, prompt: torch.Tensor | None, **options: Any) -> list[int]:
+    """What `generate()` returns for one text."""
+    return model.generate(prompt, **options)[0].tolist()
+
+
+def as_streamed(model, prompt: torch.Tensor | None, **options: Any) -> list[int]:
+    """The same by a stream."""
+    with model.stream(prompt, **options) as stream:
+        return ([] if prompt is None else prompt[0].tolist()) + [token.id for token in stream]
+
+
+@pytest.mark.parametrize("generated", [as_generated, as_streamed])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_new_tokens": 5},
+        {"max_length": 10},
+        {"generation_config": GenerationConfig(max_new_tokens=5)},
+        {"max_new_tokens": 5, "prompt_lookup_num_tokens": 3},
+        {"max_new_tokens": 5, "draft": "auto"},
+    ],
+)
+def test_a_text_that_has_no_place_in_its_session_is_refused_before_anything_is_computed(
+    swarm: MakeSwarm, whole: PreTrainedModel, generated: Callable[..., list[int]], options: dict[str, Any]
+):
+    if generated is as_streamed:
+        options = {name: value for name, value in options.items() if name != "prompt_lookup_num_tokens"}
     model = swarm("0:4").model()
     with model.inference_session(max_length=8) as session:
+        with pytest.raises(UserError, match=TOO_LONG) as refused:
+            generated(model, PROMPT, session=session, **options)
+        assert "max_new_tokens=4" in (refused.value.hint or "")
+        assert session.position == 0
+        assert not session.servers
+        expected = whole.generate(PROMPT, max_new_tokens=4)[0].tolist()
+        assert generated(model, PROMPT, session=session, max_new_tokens=4) == expected
         with pytest.raises(UserError, match="9 tokens in a session of at most 8"):
-            model.generate(PROMPT, max_new_tokens=20, session=session)
-        assert model.generate(PROMPT, max_new_tokens=3, session=session).tolist() == (
-            whole.generate(PROMPT, max_new_tokens=3).tolist()
-        )
+            generated(model, None, session=session)
+
+
+@pytest.mark.parametrize("generated", [as_generated, as_streamed])
+def test_a_text_of_no_said_length_ends_with_its_session(
+    swarm: MakeSwarm, whole: PreTrainedModel, generated: Callable[..., list[int]]
+):
+    """Whether the length is Transformers' default, or one that came with the model."""
+    model = swarm("0:4").model()
+    expected = whole.generate(PROMPT, max_new_tokens=20)[0].tolist()
+    with model.inference_session(max_length=8) as session:
+        assert generated(model, PROMPT, session=session) == expected[:9]
+    with model.inference_session(max_length=40) as session:
+        assert generated(model, PROMPT, session=session) == expected
+    model.generation_config.max_new_tokens = 30
+    with model.inference_session(max_length=10) as session:
+        assert generated(model, PROMPT, session=session) == expected[:11]
+
+
+def test_beams_of_no_said_length_end_with_their_session(swarm: MakeSwarm, whole: PreTrainedModel):
+    model = swarm("0:4").model()
+    with model.inference_session(max_length=9) as session:
+        answer = model.generate(PROMPT, num_beams=3, session=session)
+    assert answer.tolist() == whole.generate(PROMPT, num_beams=3, max_new_tokens=5).tolist()
 
 
 class StopsAfter(BaseStreamer):

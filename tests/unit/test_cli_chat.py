@@ -55,22 +55,25 @@ class FakeModel:
     def __init__(self, answer: list[int]) -> None:
         self.answer = answer
         self.prompts: list[torch.Tensor] = []
+        self.num_wanted: list[int] = []
 
     @contextlib.contextmanager
-    def stream(self, ids: torch.Tensor, **_: Any) -> Iterator[FakeStream]:
+    def stream(self, ids: torch.Tensor, *, max_new_tokens: int, **_: Any) -> Iterator[FakeStream]:
         self.prompts.append(ids)
+        self.num_wanted.append(max_new_tokens)
         *before, last = self.answer
         reason = "stop" if last == self.generation_config.eos_token_id else "length"
         yield FakeStream([*map(Token, before), Token(last, finish_reason=reason)])
 
 
 class Session:
-    """A session that holds no tokens. The n-th answer in it is found `doubtful`, if any."""
+    """A session that holds no tokens, with `room` for new ones. The n-th answer in it is found `doubtful`, if any."""
 
     output_ids = attention_mask = None
     num_tokens = 0
 
-    def __init__(self, doubtful: int | None = None) -> None:
+    def __init__(self, doubtful: int | None = None, room: int = 1000) -> None:
+        self._room = room
         self._num_asked = 0  # it is asked for its doubts before and after an answer
         self._doubtful = doubtful
 
@@ -79,6 +82,9 @@ class Session:
         self._num_asked += 1
         found = TextDoubtful(1, "model", 3, 10, "s0 was found lying")
         return (found,) if self._doubtful is not None and self._num_asked >= 2 * self._doubtful else ()
+
+    def room_after(self, num_tokens: int) -> int:
+        return self._room
 
     def crop(self, num_tokens: int) -> None: ...
 
@@ -96,6 +102,7 @@ def chat(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
         max_new_tokens: int = 100,
         ended: bool = True,
         doubtful: int | None = None,
+        room: int = 1000,
     ) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(STORIES)
         monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
@@ -104,14 +111,21 @@ def chat(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
         again = converse(
             model,
             Transcript(tokenizer),
-            Session(doubtful),
+            Session(doubtful, room),
             {"max_new_tokens": max_new_tokens},
             None,
             WaitNote(),  # type: ignore[arg-type]
         )
         out, err = capsys.readouterr()
         prompts = [tokenizer.decode(ids[0], skip_special_tokens=True) for ids in model.prompts]
-        return SimpleNamespace(prompts=prompts, again=again, out=out, err=err, num_tokens=len(model.answer))
+        return SimpleNamespace(
+            prompts=prompts,
+            again=again,
+            out=out,
+            err=err,
+            num_tokens=len(model.answer),
+            num_wanted=model.num_wanted,
+        )
 
     return chat
 
@@ -155,6 +169,12 @@ def test_the_note_on_a_cut_answer_goes_to_stderr(chat):
     cut = chat("hello", answer="Once upon a time", max_new_tokens=whole.num_tokens - 1, ended=False)
     assert cut.out == whole.out == "Once upon a time\n"
     assert cut.err.strip() == f"[cut after {whole.num_tokens - 1} tokens; see --max-new-tokens]"
+
+
+def test_an_answer_is_cut_where_the_conversation_has_its_full_length(chat):
+    full = chat("hello", answer="Once upon a time", ended=False, room=7)
+    assert full.num_wanted == [7]
+    assert full.err.strip() == "[cut: the conversation has its full length; see --max-length, or /new]"
 
 
 @pytest.mark.parametrize(

@@ -208,6 +208,16 @@ def test_ctrl_c_during_the_imports_prints_no_traceback(monkeypatch, capsys):
     assert capsys.readouterr() == ("", "")
 
 
+def test_the_program_leaves_out_the_interpreters_end_once_pytorch_was_imported(monkeypatch: pytest.MonkeyPatch):
+    ended: list[int] = []
+    monkeypatch.setattr("shoal.cli.end_now", ended.append)
+    monkeypatch.setattr(sys, "argv", ["shoal", "--no-such-option"])
+    monkeypatch.setitem(sys.modules, "torch", types.ModuleType("torch"))
+    with pytest.raises(SystemExit):
+        main()
+    assert ended == [2]
+
+
 @pytest.mark.parametrize(("chosen", "expected"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
 def test_threads_that_wait_sleep_unless_the_user_has_chosen(
     chosen: str | None, expected: str, monkeypatch: pytest.MonkeyPatch

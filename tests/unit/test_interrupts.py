@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from shoal.host.processes import interruptible
 
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
 
@@ -36,3 +39,16 @@ def test_what_fails_after_an_interrupt_is_the_interrupt(number: signal.Signals) 
 def test_an_error_without_an_interrupt_is_that_error() -> None:
     with pytest.raises(OSError, match="disk"), interruptible():
         raise OSError("disk")
+
+
+def test_benchmarks_end_what_they_have_started_when_they_are_interrupted() -> None:
+    """All but those that are processes of others, which end with their parent."""
+    mains = {
+        path: each
+        for path in BENCHMARKS.rglob("*.py")
+        for each in ast.parse(path.read_text()).body
+        if isinstance(each, ast.FunctionDef) and each.name == "main" and "end_with_parent()" not in ast.unparse(each)
+    }
+    assert len(mains) > 20
+    hasty = [path for path, main in mains.items() if "interruptible()" not in map(ast.unparse, main.decorator_list)]
+    assert not hasty

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+from typing import Any, cast
 
 import pytest
 import torch
 
-from shoal.client.decoding.opening.page_guesses import PageGuesses
+from shoal.client.decoding.opening.page_guesses import ASIDE_BYTES, PageGuesses
+from shoal.client.decoding.pipeline import close_all
 from shoal.client.decoding.session_inputs import SessionInputs
 from shoal.client.decoding.stage import Stage
 from shoal.client.history.history import History
@@ -106,3 +109,52 @@ def test_what_is_remembered_is_limited():
     memory.note(b"place", pages, pages)
     assert memory.names(b"place", pages[:1]) == []
     assert memory.names(b"place", pages[2:4]) == pages[2:4]
+
+
+class SlowlyNamed(History):
+    """Inputs that a thread has begun to name, and that are not read before they may be."""
+
+    def __init__(self, store: HistoryStore) -> None:
+        super().__init__(store)
+        self.begun, self.may_be_read = threading.Event(), threading.Event()
+
+    def between(self, start: int, end: int) -> torch.Tensor:
+        self.begun.set()
+        assert self.may_be_read.wait(60)
+        return super().between(start, end)
+
+
+class Closing:
+    """As much of a pipeline as closing needs."""
+
+    def __init__(self, session: OfSession) -> None:
+        self.is_disconnected = False
+        self._session = session
+
+    async def disconnect(self) -> None:
+        self.is_disconnected = True
+
+    async def remember(self) -> None:
+        await self._session.guesses.remember([self._session.first, self._session.second])
+
+
+def test_a_caller_who_is_cancelled_while_pages_are_named_is_let_go() -> None:
+    store = HistoryStore()
+    num_tokens, rows = ASIDE_BYTES // (HIDDEN * 4 * 16) + 1, 16
+    session = OfSession(store, some_inputs(num_tokens, seed=0, rows=rows))
+    slow = SlowlyNamed(store)
+    session.second = Stage(Hop(SERVER, SECOND), slow, lambda: None)
+    session.gives(some_inputs(num_tokens, seed=1, rows=rows))
+    pipeline = Closing(session)
+
+    async def cancelled() -> None:
+        closing = asyncio.create_task(close_all([cast(Any, pipeline)]))
+        assert await asyncio.to_thread(slow.begun.wait, 60)
+        closing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await closing
+        slow.may_be_read.set()
+
+    asyncio.run(cancelled())  # waits for the thread
+    assert pipeline.is_disconnected
+    assert OfSession(store, some_inputs(num_tokens, seed=0, rows=rows)).guess() is None

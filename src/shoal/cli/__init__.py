@@ -19,6 +19,7 @@ import typer
 from shoal.cli import chat, demo, dht, doctor, gateway, generate, invite, join, plan, serve, status, up
 from shoal.cli.network_options import spread_peers
 from shoal.cli.service.config_file import with_config_file
+from shoal.cli.service.long_running import end_now
 from shoal.cli.terminal.console import FAILED, WRONG_USAGE, WrongUsage, is_debugging, print_error, start_logging, stderr
 from shoal.cli.terminal.grouped_help import GroupedCommand
 from shoal.errors import ShoalError
@@ -57,12 +58,18 @@ def _shoal(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a command and exit: with 0 on success, 1 on failure, 2 on wrong usage."""
+    """Run a command and exit: with 0 on success, 1 on failure, 2 on wrong usage.
+
+    As the program, without `arguments`, it leaves out the interpreter's end once PyTorch was imported: that takes a
+    second of a core, and commands have closed by then what they have opened.
+    """
     code = run(sys.argv[1:] if arguments is None else arguments)
     try:
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of the pipe, such as `head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if arguments is None and "torch" in sys.modules:
+        end_now(code)
     sys.exit(code)
 
 

@@ -30,6 +30,7 @@ COMMANDS = {
     "Ctrl-C": "stop an answer",
     "//text": "send /text to the model",
 }
+FULL = "[cut: the conversation has its full length; see --max-length, or /new]"
 ALIASES = {"/exit": "/bye", "/quit": "/bye", "/?": "/help"}
 
 
@@ -91,7 +92,10 @@ def converse(
             rewind(session, ids)
             with note.during():
                 of_answer = None if seed is None else seed + len(transcript.messages)
-                _, cut, _ = say(llm, ids, printer, session=session, seed=of_answer, **chosen)
+                room = max(1, session.room_after(ids.shape[1]))  # without room, the session says so
+                num_new = min(chosen["max_new_tokens"], room)
+                limited = chosen | {"max_new_tokens": num_new}
+                _, cut, _ = say(llm, ids, printer, session=session, seed=of_answer, **limited)
         except KeyboardInterrupt:
             transcript.add_answer(printer.text)
             print_now(" …")
@@ -104,7 +108,8 @@ def converse(
             transcript.add_answer(printer.text)
         print_now("\n")
         if cut:
-            stderr.print(Text(cut_mark(chosen["max_new_tokens"]), style="dim"))
+            is_full = num_new < chosen["max_new_tokens"]
+            stderr.print(Text(FULL if is_full else cut_mark(num_new), style="dim"))
         if doubts := doubts_about(session, since=num_doubts):
             print_warning(doubts, "/again answers once more, without the server")
     return False

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
 
-from shoal.client.inference_session import InferenceSession
+from shoal.client.inference_session import LARGER, InferenceSession
 from shoal.errors import UserError
+from shoal.model.remote_cache import RemoteCache
 
 REPEATED_TOKENS = 8
 """New inputs that repeat this many of the session's first tokens, and then differ, are refused as a mistake."""
@@ -64,6 +66,23 @@ class Continuation:
         mask = torch.ones_like(new_ids) if new_mask is None else new_mask
         return cls(torch.cat((past_ids, new_ids), dim=1), torch.cat((past_mask, mask), dim=1), num_past)
 
+    def cache(self, session: InferenceSession, options: Mapping[str, Any]) -> RemoteCache:
+        """The session as the cache of a call with these options of `generate()`.
+
+        If they do not say how long the text gets, it ends where the session does. Raises `UserError` for a text that
+        has no place in the session.
+        """
+        num_tokens = self.input_ids.shape[1]
+        room, num_new = session.room_after(num_tokens), _new_tokens(options, num_tokens)
+        if not room:
+            raise UserError(f"{num_tokens} tokens in a session of at most {session.max_length}", hint=LARGER)
+        if num_new is not None and num_new > room:
+            raise UserError(
+                f"{num_tokens} tokens and {num_new} new ones in a session of at most {session.max_length}",
+                hint=f"max_new_tokens={room} has a place in it; or {LARGER}",
+            )
+        return RemoteCache(session, ends_texts=num_new is None)
+
     @staticmethod
     def abandon(session: InferenceSession) -> None:
         """The call failed or was interrupted: the session forgets the tokens that it did not return."""
@@ -96,6 +115,18 @@ def _go_back(session: InferenceSession) -> None:
     ids = session.output_ids
     num_known, rows = (0, 0) if ids is None else (ids.shape[1] - 1, ids.shape[0])
     session.crop(min(session.num_tokens, num_known) if session.batch_size == rows else 0)
+
+
+def _new_tokens(options: Mapping[str, Any], num_tokens: int) -> int | None:
+    """The most new tokens after `num_tokens` that the caller has asked for; `None` if they left it to the model."""
+    config = options.get("generation_config")
+    num_new, longest = (
+        getattr(config, name, None) if options.get(name) is None else options[name]
+        for name in ("max_new_tokens", "max_length")
+    )
+    if num_new is None and longest is not None:
+        num_new = longest - num_tokens
+    return num_new
 
 
 def _mask_for(ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

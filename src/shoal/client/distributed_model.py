@@ -109,8 +109,8 @@ class DistributedModel(SavesTrained):
         checkpoint's own layers, where the call allows it; how many tokens are guessed is measured. Otherwise the first
         two are used in Transformers' own loop.
 
-        Raises `UserError` for inputs that do not fit the session, `MissingBlocks` when no server can take the place of
-        a lost one, and `SwarmError` if the swarm cannot be asked.
+        Raises `UserError` for inputs that do not fit the session, or whose `max_new_tokens` do not, `MissingBlocks`
+        when no server can take the place of a lost one, and `SwarmError` if the swarm cannot be asked.
         """
         if kwargs.get("draft") is not None:
             return self._generate_with_guesses(inputs, *args, session=session, **kwargs)
@@ -136,17 +136,19 @@ class DistributedModel(SavesTrained):
                 if inputs is None:
                     inputs = kwargs.pop("input_ids", None)
                 continuation = Continuation.of(session, inputs, kwargs.pop("attention_mask", None))
-                kwargs |= {"attention_mask": continuation.attention_mask, "past_key_values": RemoteCache(session)}
+                given = {"generation_config": args[0], **kwargs} if args else kwargs
+                cache = continuation.cache(session, given)
+                kwargs |= {"attention_mask": continuation.attention_mask, "past_key_values": cache}
                 session.in_call = True
                 try:
                     result = continuation.finish(session, generate(continuation.input_ids, *args, **kwargs))
                 except BaseException:
                     continuation.abandon(session)
                     raise
-            cache = next((each for name in CACHE_NAMES if (each := getattr(result, name, None)) is not None), None)
-            if isinstance(cache, RemoteCache):
-                handed_out = [each for each in opened if each is cache.session]
-                opened[:] = [each for each in opened if each is not cache.session]
+            returned = next((each for name in CACHE_NAMES if (each := getattr(result, name, None)) is not None), None)
+            if isinstance(returned, RemoteCache):
+                handed_out = [each for each in opened if each is returned.session]
+                opened[:] = [each for each in opened if each is not returned.session]
         for each in handed_out:
             note_opened(each)  # the caller owns it now, such as the `generate()` that this model assists
         return result

@@ -30,6 +30,8 @@ from shoal.policy.routing.route import Hop
 from shoal.protocol import MAX_BATCH, MAX_LENGTH
 from shoal.spans import Span
 
+LARGER = "open it with a larger max_length, if the model allows it (shoal chat: --max-length, or /new)"
+
 _opened: ContextVar[list[InferenceSession] | None] = ContextVar("_opened", default=None)
 
 
@@ -156,6 +158,10 @@ class InferenceSession:
         """How many of its first tokens all servers had in their caches when it was opened."""
         return max(0, (self._session.num_cached or 0) - self._num_prompt_tokens)
 
+    def room_after(self, num_tokens: int) -> int:
+        """How many tokens a text of `num_tokens` may get in addition. The last one of a text is not read."""
+        return max(0, self.max_length + 1 - num_tokens)
+
     @property
     def state(self) -> SessionState:
         """How far each server has come, and which are kept warm, at this moment."""
@@ -281,7 +287,7 @@ class InferenceSession:
         if self.num_tokens + num_tokens > self.max_length:
             raise UserError(
                 f"{self.num_tokens + num_tokens} tokens in a session of at most {self.max_length}",
-                hint="open it with a larger max_length, if the model allows it (shoal chat: --max-length, or /new)",
+                hint=LARGER,
             )
         if self.num_tokens == 0:
             self._session.batch_size = batch_size

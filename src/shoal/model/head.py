@@ -219,6 +219,9 @@ class _HeadMixin:
         cache = model_kwargs.get(name)
         check_cache_choice(generation_config.cache_implementation, cache)
         if isinstance(cache, RemoteCache):
+            longest = cache.session.max_length
+            if cache.ends_texts and max_cache_length > longest:
+                generation_config.max_length -= max_cache_length - longest
             cache.session.expect(max_cache_length)
             if generation_mode == GenerationMode.ASSISTED_GENERATION:
                 cache.session.crop(0)  # assisted decoding always passes the whole prompt

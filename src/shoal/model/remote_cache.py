@@ -69,11 +69,15 @@ class UnopenedSession:
 
 
 class RemoteCache(Cache):  # type: ignore[misc]
-    """A Transformers cache that stores nothing: a session counts its tokens, crops and reorders it."""
+    """A Transformers cache that stores nothing: a session counts its tokens, crops and reorders it.
 
-    def __init__(self, session: Session) -> None:
+    If it `ends_texts`, `generate()` ends a text that has filled the session. Otherwise a longer one is an error.
+    """
+
+    def __init__(self, session: Session, *, ends_texts: bool = False) -> None:
         super().__init__(layers=[])
         self.session = session
+        self.ends_texts = ends_texts
         self.head_call: Any = None  # what the current call wants from the blocks in addition to hidden states
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

@@ -19,6 +19,7 @@ from shoal.cli.doctor.diagnosis import Finding, Health, diagnose
 from shoal.cli.doctor.facts import Facts, SwarmFacts, look_at_machine, look_at_swarm
 from shoal.cli.network_options import network_of
 from shoal.cli.terminal.console import start_logging, stdout, waiting
+from shoal.concurrency import in_thread
 from shoal.errors import ShoalError
 from shoal.joining.invite_code import InviteCode
 from shoal.net import NetworkConfig
@@ -69,14 +70,20 @@ def command(
 
 def look(network: NetworkConfig, code: InviteCode | None) -> Facts:
     """All facts. What keeps this machine out of the swarm is one of them."""
-    machine = look_at_machine()
     if code is None and not network.initial_peers:
-        return Facts(machine)
+        return Facts(look_at_machine())
     with waiting("Joining the swarm, and asking members to dial this machine back"):
+        return asyncio.run(_look(network, code))
+
+
+async def _look(network: NetworkConfig, code: InviteCode | None) -> Facts:
+    """Those of the machine too, whose GPUs may need seconds to answer."""
+    async with in_thread(look_at_machine) as machine:
         try:
-            return Facts(machine, asyncio.run(_join(network, code)))
+            swarm = await _join(network, code)
         except ShoalError as failure:
-            return Facts(machine, failure=failure)
+            return Facts(await machine, failure=failure)
+        return Facts(await machine, swarm)
 
 
 async def _join(network: NetworkConfig, code: InviteCode | None) -> SwarmFacts:

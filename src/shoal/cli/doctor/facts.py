@@ -135,7 +135,9 @@ async def look_at_swarm(network: NetworkConfig) -> SwarmFacts:
     from shoal.net.libp2p.identity_lock import is_used_here
 
     async with join(network) as node:
-        servers = [each for model in await node.directory.models() for each in await node.directory.servers(model)]
+        models = await node.directory.models()
+        found = await asyncio.gather(*(node.directory.servers(model) for model in models))
+        servers = [each for of_model in found for each in of_model]
         own = tuple(each for each in servers if is_used_here(each.peer))
         answered = await _answers(node, servers)
         partner, up, down = await _bandwidth(node, [each for each in answered if each.server not in own])

@@ -346,15 +346,19 @@ class Pipeline:
             return num_tokens
         return min(num_tokens, self.outputs.logits_from)
 
-    async def close(self) -> None:
-        """The same as `disconnect`, and remember what the servers were given, so that a later session of the same text
-        asks all of them at once."""
-        await self.disconnect()
+    async def remember(self) -> None:
+        """Remember what the servers were given, so that a later session of the same text asks all of them at once."""
         await self._guesses.remember(self.stages)
 
     async def disconnect(self) -> None:
         """Let the servers forget the session, also if the caller is cancelled meanwhile."""
         await done_although_cancelled(*(stage.disconnect() for stage in self.stages))
+
+
+async def close_all(pipelines: Sequence[Pipeline]) -> None:
+    """Let all servers forget the session, also if the caller is cancelled meanwhile; a caller who is not remembers."""
+    await done_although_cancelled(*(each.disconnect() for each in pipelines))
+    await asyncio.gather(*(each.remember() for each in pipelines))
 
 
 def _has_room(progress: StageProgress, steps_ahead: int) -> bool:

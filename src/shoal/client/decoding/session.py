@@ -38,7 +38,7 @@ import torch
 from shoal.client.decoding.auditing.auditor import SessionAuditor
 from shoal.client.decoding.epoch import EpochReason
 from shoal.client.decoding.outputs import NoOutputs, Outputs
-from shoal.client.decoding.pipeline import Pipeline
+from shoal.client.decoding.pipeline import Pipeline, close_all
 from shoal.client.decoding.race import Race
 from shoal.client.decoding.receipts.doubt import Doubt
 from shoal.client.decoding.route_planner import RoutePlanner
@@ -49,7 +49,7 @@ from shoal.client.decoding.state import SessionState, states_of
 from shoal.client.head.logits import Logits, LogitsRequest
 from shoal.client.swarm.known.directory_cache import Holding
 from shoal.client.swarm.swarm import Swarm
-from shoal.concurrency import done_although_cancelled, first_of
+from shoal.concurrency import first_of
 from shoal.errors import CannotRewind, Interrupted, ServerBusy, ServerLost, SwarmError, UserError
 from shoal.events import SessionClosed, SessionOpened, TextDoubtful
 from shoal.model.peft.factors import ActiveAdapters
@@ -397,4 +397,4 @@ class Session:
             self._maintenance.cancel()
             await asyncio.wait([self._maintenance])
         async with self._busy:
-            await done_although_cancelled(*(each.close() for each in self._pipelines))
+            await close_all(self._pipelines)

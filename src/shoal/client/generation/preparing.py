@@ -69,7 +69,8 @@ def prepared(
     if session is not None:
         continuation = Continuation.of(session, inputs, options.pop("attention_mask", None))
         inputs = continuation.input_ids
-        options |= {"attention_mask": continuation.attention_mask, "past_key_values": RemoteCache(session)}
+        cache = continuation.cache(session, options)
+        options |= {"attention_mask": continuation.attention_mask, "past_key_values": cache}
     found: _Prepared = generate(inputs, custom_generate=_take, **options)
     _check(found)
     own: InferenceSession = found.past_key_values.session  # type: ignore[assignment]

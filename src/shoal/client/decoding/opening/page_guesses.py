@@ -70,22 +70,25 @@ class PageGuesses:
             self._memory.forget(place, row)
 
     async def remember(self, stages: Sequence[Stage]) -> None:
-        """Note what the inputs of these stages were, for later sessions. Those of the first are the text itself."""
+        """Note what the inputs of these stages were, for later sessions. Those of the first are the text itself.
+
+        If it is cancelled, nothing is noted: a thread that finds the names goes on, and they are dropped.
+        """
         later = [stage for stage in stages[1:] if stage.num_tokens >= PAGE_TOKENS]
         if not later or self._inputs.are_padded:
             return
         num_tokens = sum(min(stage.num_tokens, MOST_TOKENS) for stage in later)
-        if num_tokens * self._inputs.like.nbytes <= ASIDE_BYTES:
-            self._note(later)
-        else:
-            await on_thread(partial(self._note, later))
+        is_small = num_tokens * self._inputs.like.nbytes <= ASIDE_BYTES
+        text, names = self._named(later) if is_small else await on_thread(partial(self._named, later))
+        for stage, rows in zip(later, names, strict=True):
+            place = self._place(stage.hop.span)
+            for pages, followed in zip(text, rows, strict=True):
+                self._memory.note(place, pages, followed)
 
-    def _note(self, stages: Sequence[Stage]) -> None:
+    def _named(self, stages: Sequence[Stage]) -> tuple[Names, list[Names]]:
+        """The names of the text's pages, and those of the inputs of each stage."""
         text = self._text(min(self._inputs.num_tokens, MOST_TOKENS))
-        for stage in stages:
-            names = self._names(stage, min(stage.num_tokens, MOST_TOKENS))
-            for pages, followed in zip(text, names, strict=True):
-                self._memory.note(self._place(stage.hop.span), pages, followed)
+        return text, [self._names(stage, min(stage.num_tokens, MOST_TOKENS)) for stage in stages]
 
     def _names(self, stage: Stage, num_tokens: int) -> Names:
         """The names of the first inputs of a stage."""
