@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from shoal.client.decoding.session import Session
 from shoal.client.options.client_options import ClientOptions
-from shoal.policy.audits.audit_budget import AuditLevel
+from shoal.policy.audits.audit_budget import FIRST_AUDIT_TOKENS, MOST_FAILED, AuditLevel
 from shoal.spans import Span
 
 from .lies import Liars, Lie, noise, shifted
@@ -131,3 +131,32 @@ async def _talk(bed: Bed, session: Session, story: Story, liar: str, victim: Mem
     assert num_with_liar
     if story.answers and not story.after:  # if only its pushes are wrong, the next server may be to blame as well
         assert num_with_liar <= MOST_TOKENS
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_liar_is_found_as_soon_although_witnesses_fail_one_after_another(tmp_path: Path, seed: int):
+    """They are dead, which the client finds out when it asks them."""
+    random.seed(seed)
+
+    async def scene() -> None:
+        async with Bed(("0:4",) * (NUM_HONEST + 6), cache_pages=160, drain_seconds=0.0) as bed:
+            liars = Liars(bed.network)
+            name = bed.start(Span(0, 4), speed=4 / PASS_SECONDS).name
+            await asyncio.sleep(0)
+            liars.add(name, shifted)
+            client = bed.client("client", ClientOptions(patience_seconds=60.0, evidence_folder=tmp_path))
+            session = Session(client.swarm, client.span, batch_size=1, max_length=256)
+            hidden_BTD = oracle().embed(prompt(1, 9))
+            await session.step(hidden_BTD[:, :8], 0, None, None)
+            for member in bed.members[NUM_HONEST : NUM_HONEST + 6]:
+                bed.kill(member)
+            num_tokens = 0
+            while not client.swarm.audits.is_liar(name):
+                await session.step(hidden_BTD[:, 8:], 8 + num_tokens, None, None)
+                num_tokens += 1
+                await asyncio.sleep(0.01)
+                assert num_tokens <= FIRST_AUDIT_TOKENS + MOST_FAILED
+            await session.close()
+            await client.close()
+
+    run(scene())

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import pytest
 
 from shoal.client.decoding.session import Session
+from shoal.peers import ModelInfo, ServerInfo
 from shoal.spans import Span
 
-from .schedules.bed import PASS_SECONDS, PATIENT, Bed
+from .schedules.bed import PASS_SECONDS, PATIENT, Bed, Member
 from .schedules.work import Reading, prompt
 from .virtual_time import run
 
@@ -83,3 +84,42 @@ def test_a_long_route_is_as_soon_rid_of_a_slow_server_as_a_short_one(hop: int):
     route = ("0:1", "1:2", "2:3", "3:4")
     short = left_after(1.0, "0:2", "2:4", "0:2")
     assert left_after(1.0, *route, route[hop], hop=hop).num_tokens <= short.num_tokens
+
+
+def test_a_server_that_is_overtaken_during_a_look_for_better_ones_does_not_end_the_upkeep_of_the_session():
+    async def scene() -> None:
+        async with Bed(["0:2", "2:4", "2:4", "2:4"], cache_pages=160, drain_seconds=0.0) as bed:
+            client = bed.client("client0", PATIENT)
+            directory = client.swarm.node.directory
+            read, looking, may_read = directory.servers, asyncio.Event(), asyncio.Event()
+
+            async def read_late(model: ModelInfo, *, blocks: Collection[int] = ()) -> Sequence[ServerInfo]:
+                looking.set()
+                await may_read.wait()
+                return await read(model, blocks=blocks)
+
+            def second() -> Member:
+                return next(each for each in bed.members if each.name == session.hops[1].server.peer)
+
+            session = Session(client.swarm, client.span, batch_size=1, max_length=MAX_TOKENS)
+            text = Reading(client, session, 1)
+            token = await text.read(prompt(1, 5))
+            bed.members[0].executor.slowness = 2.0  # it is looked at first
+            directory.servers = read_late  # type: ignore[method-assign]
+            while not looking.is_set():
+                token = await text.read(token)
+            frozen = second()
+            frozen.executor.thawed.clear()
+            token = await text.read(token)
+            assert second() is not frozen
+            may_read.set()
+            await asyncio.sleep(1.0)
+            bed.kill(second())
+            await asyncio.sleep(1.0)
+            assert second().alive  # it was replaced between two steps
+            await text.read(token)
+            frozen.executor.recover()
+            await session.close()
+            await client.close()
+
+    run(scene())

@@ -24,12 +24,16 @@ from shoal.client.options.client_options import ClientOptions
 from shoal.client.training.gradients import FactorSums, Gradients
 from shoal.client.training.pass_plan import MicrobatchPiece, PassPlan
 from shoal.client.training.remote_passes import RemotePasses
+from shoal.client.training.server_passes import SUM_SECONDS
+from shoal.concurrency import now
 from shoal.events import Event, Observers, PassesDoubtful, ServerAudited
 from shoal.model.peft.factors import ActiveAdapters
 from shoal.net.memory import Frame
 from shoal.net.wire import codec
+from shoal.policy.lateness import LATE_FACTOR, LATE_SECONDS, OPENING_LATE_SECONDS
 from shoal.policy.routing.spread import microbatch_rows
 from shoal.protocol import Failure, PassInputs, PassResult, SumResult
+from shoal.server.training.gradient_sums import TakenSum
 
 from .schedules.bed import Bed, Client, Member
 from .schedules.oracle import oracle
@@ -353,6 +357,82 @@ def test_a_sum_of_a_server_that_others_have_overtaken_counts_no_pass_twice(num_i
         victim.executor.recover()
 
     play(act, "0:4", "0:4")
+
+
+def keep_sums(training: Training, victim: Member) -> None:
+    """From now on the server never reads that it is asked for a sum. It goes on to say that it works."""
+
+    def change(frame: Frame) -> Frame | None:
+        kind = json.loads(frame.header)["kind"]
+        if frame.receiver == victim.name and kind == "take_sum":
+            return None
+        if frame.sender == victim.name and kind == "pong":
+            pong, _ = codec.decode(frame.header, bytearray())
+            return replace(frame, header=codec.encode(pong.model_copy(update={"working": True}), {})[0])
+        return frame
+
+    training.change = change
+
+
+@pytest.mark.parametrize("spans", [("0:4", "0:4"), ("0:2", "0:2", "2:4", "2:4"), ("0:4", "0:1", "1:3", "3:4")])
+def test_a_sum_that_a_silent_server_keeps_is_computed_by_others(spans: Sequence[str]):
+    async def act(training: Training) -> None:
+        pieces = await training.forward()
+        keep_sums(training, training.bed.members[0])
+        began = now()
+        assert equal(await training.backward(pieces), training.expected)
+        assert LATE_FACTOR * SUM_SECONDS <= now() - began <= LATE_FACTOR * SUM_SECONDS + 2.0
+        assert training.num_bytes["pass_result"] > 0
+        assert not training.client.swarm.servers.is_avoided("s0")  # once is an accident
+
+    play(act, *spans)
+
+
+def test_a_sum_of_a_server_that_was_overtaken_in_its_batch_is_late_sooner():
+    async def act(training: Training) -> None:
+        pieces = await training.forward()
+        victim, began = training.bed.members[0], now()
+        keep_sums(training, victim)
+        keep, num_answered = training.change, 0
+
+        def change(frame: Frame) -> Frame | None:
+            nonlocal num_answered
+            if frame.sender == victim.name and json.loads(frame.header)["kind"] == "pass_result":
+                num_answered += 1
+                if num_answered == 2:
+                    victim.executor.thawed.clear()
+            return keep(frame)
+
+        training.change = change
+        assert equal(await training.backward(pieces), training.expected)
+        assert LATE_SECONDS + OPENING_LATE_SECONDS <= now() - began <= LATE_SECONDS + OPENING_LATE_SECONDS + 2.0
+        assert num_answered == 2
+        victim.executor.recover()
+
+    play(act, "0:4", "0:4")
+
+
+@pytest.mark.parametrize("others", [(), ("0:4",)], ids=["no others", "others"])
+def test_a_sum_that_is_late_and_comes_first_counts_and_its_server_stays(others: Sequence[str]):
+    async def act(training: Training) -> None:
+        pieces = await training.forward()
+        late, *rest = training.bed.members
+        take = late.engine.passes.sums.take
+
+        async def take_late(peer: str, name: str, *, keeps_rest: bool) -> TakenSum | None:
+            for member in rest:
+                member.executor.slowness = 1e4
+            await asyncio.sleep(LATE_FACTOR * SUM_SECONDS + 3.0)
+            return await take(peer, name, keeps_rest=keeps_rest)
+
+        late.engine.passes.sums.take = take_late  # type: ignore[method-assign]
+        assert equal(await training.backward(pieces), training.expected)
+        assert set(training.num_bytes) == {"sum_result"}
+        assert not training.client.swarm.servers.is_avoided(late.name)
+        for member in rest:
+            member.executor.recover()
+
+    play(act, "0:4", *others)
 
 
 def test_sums_that_are_never_taken_are_dropped_with_the_last_stream_which_is_not_open_for_long():

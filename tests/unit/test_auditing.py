@@ -20,6 +20,7 @@ from shoal.client.swarm.comparing.distances import distances
 from shoal.policy.audits.audit_budget import (
     FIRST_AUDIT_TOKENS,
     MOST_CREDIT_TOKENS,
+    MOST_FAILED,
     MOST_SPEEDUP,
     USUAL_SPEEDUP,
     AuditBudget,
@@ -384,5 +385,12 @@ def test_a_new_server_is_due_after_some_tokens_and_again_some_time_after_an_audi
     assert 1 <= tokens_until_due() <= FIRST_AUDIT_TOKENS
     audits.postpone("s")
     assert 1 <= tokens_until_due() <= FIRST_AUDIT_TOKENS
+    for _ in range(MOST_FAILED - 1):
+        audits.record_failed("s")
+        assert tokens_until_due() == 0  # others are asked at once
+    audits.record_failed("s")
+    assert 1 <= tokens_until_due() <= FIRST_AUDIT_TOKENS
+    audits.record_failed("s")
+    assert tokens_until_due() == 0
     audits.record_clean("s")
     assert not audits.candidate("s", num_tokens=8, cost=1.0).is_new

@@ -28,6 +28,7 @@ from shoal.policy.lateness import (
     late_after,
     opening_late_after,
     pass_late_at,
+    result_late_at,
 )
 from shoal.policy.routing.latency import seen_seconds
 
@@ -52,6 +53,11 @@ def test_a_server_that_has_never_computed_a_step_is_late_sooner_unless_the_step_
 def test_what_should_be_opened_is_late_after_a_second_or_some_round_trips():
     assert opening_late_after(None) == opening_late_after(0.05) == OPENING_LATE_SECONDS
     assert opening_late_after(0.5) == OPENING_LATE_ROUND_TRIPS * 0.5
+
+
+def test_a_result_of_a_server_that_has_failed_since_is_late_as_what_should_be_opened():
+    assert result_late_at(7.0, None) == 7.0 + opening_late_after(None)
+    assert result_late_at(7.0, 0.5) == 7.0 + opening_late_after(0.5)
 
 
 def test_a_server_that_never_did_anything_is_tried_last_from_the_first_time_on_and_makes_the_client_wary():

@@ -63,5 +63,5 @@ def test_a_sum_is_whole_if_it_has_every_microbatch():
     for number in range(3):
         own.count(own.name_for(ONE), passed(number))
     (one,) = own.sums
-    assert own.is_whole(one, num_microbatches=3)
-    assert not own.is_whole(one, num_microbatches=4)
+    assert one.is_whole(num_microbatches=3)
+    assert not one.is_whole(num_microbatches=4)

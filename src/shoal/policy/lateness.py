@@ -81,6 +81,14 @@ def opening_late_after(round_trip: float | None) -> float:
     return max(OPENING_LATE_SECONDS, OPENING_LATE_ROUND_TRIPS * (round_trip or 0.0))
 
 
+def result_late_at(asked_at: float, round_trip: float | None) -> float:
+    """From when on a result is late that a server has computed before, if it has failed or was overtaken since then.
+
+    It was asked for at the time `asked_at`. There is nothing to compute, so it has only as long as to open a session.
+    """
+    return asked_at + opening_late_after(round_trip)
+
+
 @dataclass(frozen=True)
 class Awaited:
     """The oldest step that a server has been asked for, and has the inputs of: since when, and what it usually takes.

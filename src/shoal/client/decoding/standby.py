@@ -151,6 +151,8 @@ class StandbyManager:
         self._looks = self._looks.looked(num_tokens, now=now())
         excess_seconds = [self._planner.excess_seconds(stage) for stage in pipeline.stages]
         for stage in [pipeline.stages[index] for index in self._looks.stages(excess_seconds)]:
+            if stage not in pipeline.stages:  # it was overtaken, or merged with another, during the look before
+                continue
             if not (stage.is_leaving or stage.has_failed) and await self._pays_to_leave(stage, pipeline):
                 stage.leave()
                 self._looks = self._looks.moved()
@@ -193,7 +195,7 @@ class StandbyManager:
             await self.standbys.pop(stage).disconnect()
             standby = None
         if standby is None:
-            if now() < self._no_standby_until.get(stage, 0.0):
+            if stage not in pipeline.stages or now() < self._no_standby_until.get(stage, 0.0):
                 return
             self._no_standby_until[stage] = now() + MAINTENANCE_SECONDS
             route = await self._planner.replacement(stage, pipeline, {holding(stage.hop.server)})

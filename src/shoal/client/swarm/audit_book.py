@@ -16,6 +16,7 @@ from typing import Any, Literal
 from shoal.host.whole_files import replacing
 from shoal.policy.audits.audit_budget import (
     FIRST_AUDIT_TOKENS,
+    MOST_FAILED,
     PASS_TOKENS,
     AuditBudget,
     Candidate,
@@ -90,6 +91,7 @@ class AuditBook:
         self._rng = rng
         self._num_clean = Counter[str]()
         self._num_used = Counter[str]()  # decoded tokens of each server
+        self._num_failed = Counter[str]()  # audits of each server in a row whose witnesses failed
         self._due_after: dict[str, int] = {}
         self._liars = _read(folder)
 
@@ -116,6 +118,7 @@ class AuditBook:
     def record_clean(self, peer: str) -> None:
         """A server passed an audit."""
         self._num_clean[peer] += 1
+        self._num_failed.pop(peer, None)
 
     def record_use(self, peers: Sequence[str], *, num_decoded: int) -> None:
         """Servers have computed `num_decoded` tokens one at a time."""
@@ -142,6 +145,13 @@ class AuditBook:
     def postpone(self, peer: str) -> None:
         """An audit of a server led to nothing. A new server is due again after some more tokens."""
         self._due_after[peer] = self._num_used[peer] + self._rng.randint(1, FIRST_AUDIT_TOKENS)
+        self._num_failed.pop(peer, None)
+
+    def record_failed(self, peer: str) -> None:
+        """The witnesses of a server have failed. It is still due, for others are asked now, unless that was often."""
+        self._num_failed[peer] += 1
+        if self._num_failed[peer] == MOST_FAILED:
+            self.postpone(peer)
 
     def any_of(self, number: int) -> int:
         """One of the numbers below this one, which no server can foresee."""

@@ -6,6 +6,8 @@ pass: in a ring, audited, and, if they are late themselves, with others beside t
 
 Of the passes that are on their way to one server, one at a time is computed twice. If the server answers any of them,
 the others have time again. If it answers none until one was computed elsewhere, all are.
+
+A sum of gradients that is late, of passes that a server has computed before, is computed by others in the same way.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from shoal.client.swarm.trials import wait_for_others
 from shoal.client.training.server_passes import AskedServer
 from shoal.concurrency import now, owned_task
 from shoal.errors import SwarmError, UnsupportedOperation
-from shoal.policy.lateness import MOST_TRIED, LateButFirst, after_late_but_first, pass_late_at
+from shoal.policy.lateness import MOST_TRIED, LateButFirst, after_late_but_first, pass_late_at, result_late_at
 from shoal.policy.routing.route import Hop, Needs
 
 log = logging.getLogger(__name__)
@@ -35,6 +37,8 @@ Computed = TypeVar("Computed")
 
 TRIAL_SECONDS = 2.0
 """How long servers are tried when a second one is late too. After that, the next one is chosen among all."""
+LOOK_SECONDS = 1.0
+"""How often a client looks whether a server has failed or was overtaken that has results for it."""
 RETRY_SECONDS = 3.0
 """How soon other servers are sought again if there were none, or they have failed."""
 
@@ -60,10 +64,19 @@ class LatePasses:
         self._servers: dict[str, _Server] = defaultdict(_Server)
 
     def race(
-        self, asked: AskedServer[Inputs, Answer], compute: Callable[[], Awaitable[Computed]], *, late: Set[str]
+        self,
+        asked: AskedServer[Inputs, Answer],
+        compute: Callable[[], Awaitable[Computed]],
+        *,
+        late: Set[str],
+        results_since: float | None = None,
     ) -> PassRace[Inputs, Answer, Computed]:
-        """A race between a server that was asked, and others that `compute` the same. These peers are `late` before."""
-        return PassRace(self._swarm, self._servers[asked.peer], asked, compute, late)
+        """A race between a server that was asked, and others that `compute` the same. These peers are `late` before.
+
+        With `results_since`, the server is asked for results of passes that it has computed since then. It is late
+        sooner if it has failed, or was overtaken, since the last of them (`shoal.policy.lateness.result_late_at`).
+        """
+        return PassRace(self._swarm, self._servers[asked.peer], asked, compute, late, results_since)
 
     async def before_others(self, hop: Hop, like: torch.Tensor | None, late: Set[str], needs: Needs) -> None:
         """Before others than the `late` servers compute a pass in the blocks of `hop`.
@@ -94,6 +107,7 @@ class PassRace(Generic[Inputs, Answer, Computed]):
         asked: AskedServer[Inputs, Answer],
         compute: Callable[[], Awaitable[Computed]],
         late: Set[str],
+        results_since: float | None,
     ) -> None:
         self.others: Computed | None = None
         self._swarm = swarm
@@ -101,6 +115,7 @@ class PassRace(Generic[Inputs, Answer, Computed]):
         self._asked = asked
         self._compute = compute
         self._late = late
+        self._results_since = results_since
         self._began_at = now()
         self._others_began_at = float("inf")
 
@@ -149,15 +164,20 @@ class PassRace(Generic[Inputs, Answer, Computed]):
             left = self._late_at() - now()
             if left <= 0:
                 return
-            await asyncio.sleep(left)
+            await asyncio.sleep(left if self._results_since is None else min(left, LOOK_SECONDS))
 
     def _is_overtaken(self) -> bool:
         """Whether others were faster with another pass that the server was asked for at the same time."""
-        return self._server.overtaken_at > max(self._began_at, self._server.answered_at)
+        since = self._began_at if self._results_since is None else self._results_since
+        return self._server.overtaken_at > max(since, self._server.answered_at)
 
     def _late_at(self) -> float:
-        if self._is_overtaken():
-            return self._server.overtaken_at
+        if self._results_since is None:
+            if self._is_overtaken():
+                return self._server.overtaken_at
+        elif self._is_overtaken() or self._swarm.servers.is_avoided(self._asked.peer):
+            round_trip = self._swarm.measurements.round_trips().get(self._asked.peer)
+            return result_late_at(self._began_at, round_trip)
         sent_at = self._asked.turn.awaiting_since  # None while it is sent, and its adapters
         return pass_late_at(
             now() if sent_at is None else max(self._began_at, sent_at),

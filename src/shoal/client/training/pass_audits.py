@@ -26,7 +26,7 @@ import torch
 from shoal.client.swarm.comparing.findings import Findings, Testimony, allowed_between, compare
 from shoal.client.swarm.swarm import Swarm
 from shoal.client.training.audited_work import BackwardWork, ForwardWork, SumWork, Work
-from shoal.client.training.gradients import PieceGradients, fits_a_sum
+from shoal.client.training.gradients import PieceGradients
 from shoal.client.training.pass_plan import MicrobatchPiece, PassPlan, pass_needs
 from shoal.client.training.server_passes import ServerPasses
 from shoal.client.training.sum_ledger import SummedPass
@@ -79,16 +79,15 @@ class PassAudits:
         grad_BTD: torch.Tensor,
         gradients: Callable[[torch.Tensor], Awaitable[PieceGradients | None]],
         *,
-        may_sum: bool = False,
+        may_sum: bool,
     ) -> PieceGradients | None:
         """The `gradients` of a piece on the server of its hop. Raises `PeerError`s.
 
-        If the server `may_sum` those of factors, they are not compared here, whether it has or not.
+        If the server `may_sum` those of factors, they are compared as a sum, whether it has or not.
         """
         if not self._book.is_on:
             return await gradients(grad_BTD)
         assert piece.hop is not None
-        may_sum = may_sum and fits_a_sum(plan.trained.in_span(piece.span))
         work = BackwardWork(self._servers, plan, piece, grad_BTD, compares_factors=not may_sum)
         found = await self._watched(piece.hop, work, lambda: gradients(grad_BTD))
         if found is None or found.summed_in is not None or not may_sum or self.has_lied(piece.peer):

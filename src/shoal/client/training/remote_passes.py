@@ -15,7 +15,7 @@ import itertools
 import logging
 import secrets
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence, Set
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -95,7 +95,7 @@ class RemotePasses:
         """
         sizes = [pieces[0].hidden.shape[0] for pieces in microbatches]
         grads = as_received(grad_BTD, self._swarm.config.wire).split(sizes)
-        sums, ledger = FactorSums(), SumLedger() if len(sizes) > 1 else None
+        sums, ledger, began = FactorSums(), SumLedger() if len(sizes) > 1 else None, now()
 
         async def one(number: int, pieces: Sequence[MicrobatchPiece], grad: torch.Tensor) -> torch.Tensor | None:
             found = await self._backward(plan, pieces, grad, number=number, ledger=ledger)
@@ -106,7 +106,7 @@ class RemotePasses:
             one(number, pieces, grad) for number, (pieces, grad) in enumerate(zip(microbatches, grads, strict=True))
         )
         if ledger is not None:
-            await self._take(plan, ledger, sums, num_microbatches=len(sizes))
+            await self._take(plan, ledger, sums, num_microbatches=len(sizes), since=began)
         inputs = [each for each in found if each is not None]
         return Gradients(joined(inputs) if inputs else None, sums.rounded())
 
@@ -137,35 +137,57 @@ class RemotePasses:
 
     # -- sums on servers ----------------------------------------------------------------------------------------------
 
-    async def _take(self, plan: PassPlan, ledger: SumLedger, sums: FactorSums, *, num_microbatches: int) -> None:
-        """Take what servers have summed. The passes of sums that are lost are computed again, each with its own answer.
+    async def _take(
+        self, plan: PassPlan, ledger: SumLedger, sums: FactorSums, *, num_microbatches: int, since: float
+    ) -> None:
+        """Take what servers have summed, of passes `since` that time.
 
-        Raises `SwarmError`s.
+        The passes of sums that are lost are computed again, each with its own answer. So are those of sums that are
+        late, until one of both is here. Raises `SwarmError`s.
         """
 
-        async def take(of: ServerSum) -> Mapping[int, FactorGradients] | None:
-            began = now()
-            is_whole = ledger.is_whole(of, num_microbatches=num_microbatches)
+        async def take(of: ServerSum) -> _TakenSum:
+            began, is_whole = now(), of.is_whole(num_microbatches=num_microbatches)
+            asked = self._servers.take_sum(plan, of, is_whole=is_whole)
+            race = self._late.race(asked, partial(by_others, of), late=NOBODY, results_since=since)
             try:
-                found = await self._servers.take_sum(plan, of, is_whole=is_whole)
-                return None if found is None else await self._audited.sum(plan, of.hop, of.passes, found)
+                found = await race.answer(None)
+                if found is not None:
+                    found = await self._audited.sum(plan, of.hop, of.passes, found)
+                return _TakenSum(of, found, race.others)
             except PeerError as failure:
                 self._swarm.servers.blame(failure, since=began)
-            return None
+            return _TakenSum(of)
 
-        async def again(one: SummedPass) -> Mapping[int, FactorGradients]:
-            return (await self._backward(plan, [_unsaved(one.piece)], one.grad_BTD, number=one.number)).factors
+        async def by_others(of: ServerSum) -> Mapping[int, FactorGradients]:
+            late = frozenset({of.hop.server.peer})
+            await self._late.before_others(of.hop, None, late, pass_needs(of.passes[0].piece.hidden))
+            return await self._computed_again(plan, of.passes, late)
 
         lost: list[SummedPass] = []
-        for each, found in zip(ledger.sums, await self._all(take(each) for each in ledger.sums), strict=True):
-            if found is None or self._audited.has_lied(each.hop.server.peer):  # another audit may have found it since
-                lost += each.passes
+        for each in await _together(take(each) for each in ledger.sums):
+            if each.by_others is not None:
+                sums.join(each.by_others)
+            elif each.found is None or self._audited.has_lied(each.peer):  # another audit may have found it since
+                lost += each.of.passes
             else:
-                sums.join(found)
+                sums.join(each.found)
         if lost:
             log.info("sums of gradients are lost: %d passes are computed again", len(lost))
-        for factors in await self._all(again(one) for one in lost):
-            sums.join(factors)
+            sums.join(await self._computed_again(plan, lost))
+
+    async def _computed_again(
+        self, plan: PassPlan, passes: Sequence[SummedPass], late: frozenset[str] = NOBODY
+    ) -> Mapping[int, FactorGradients]:
+        """The gradients of factors, by block, of these passes together. Others than the `late` servers compute them."""
+        sums = FactorSums()
+
+        async def one(index: int, each: SummedPass) -> None:
+            found = await self._backward(plan, [_unsaved(each.piece)], each.grad_BTD, late, number=each.number)
+            sums.add(index, found.factors)
+
+        await self._all(one(index, each) for index, each in enumerate(passes))
+        return sums.blocks
 
     # -- one microbatch -----------------------------------------------------------------------------------------------
 
@@ -260,7 +282,7 @@ class RemotePasses:
                         # A server gives what it saved once. After that, a server is sent the whole piece.
                         pieces[-1] = _unsaved(pieces[-1])
                         race = self._late.race(asked, partial(by_others, piece, grad), late=late)
-                        found = await self._audited.backward(plan, piece, grad, race.answer, may_sum=ledger is not None)
+                        found = await self._audited.backward(plan, piece, grad, race.answer, may_sum=asked.may_sum)
                         if race.others is not None:
                             found = PieceGradients(race.others.inputs_BTD, race.others.factors)
                         if found is None:
@@ -316,12 +338,33 @@ class RemotePasses:
             finally:
                 work.close()  # it may have been cancelled before it began
 
-        try:
-            async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(when_allowed(work)) for work in works]
-        except BaseExceptionGroup as failures:
-            raise failures.exceptions[0] from None
-        return [task.result() for task in tasks]
+        return await _together(when_allowed(work) for work in works)
+
+
+@dataclass(frozen=True)
+class _TakenSum:
+    """What a server has `found` as a sum of gradients of factors, by block, or what others have, if they were faster.
+
+    Both are None if the sum is lost.
+    """
+
+    of: ServerSum
+    found: Mapping[int, FactorGradients] | None = None
+    by_others: Mapping[int, FactorGradients] | None = None
+
+    @property
+    def peer(self) -> str:
+        return self.of.hop.server.peer
+
+
+async def _together(works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """The results of all works, which run at once. The first error ends the others."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(work) for work in works]
+    except BaseExceptionGroup as failures:
+        raise failures.exceptions[0] from None
+    return [task.result() for task in tasks]
 
 
 def _planned(plan: PassPlan, microbatch: MicrobatchPiece, route: Route) -> list[MicrobatchPiece]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
@@ -53,13 +53,15 @@ class AskedServer(Generic[Inputs, Answer]):
     """One server that was asked for a pass, which takes it `usual_seconds` if it does nothing else.
 
     `answer` waits for what it has computed, given the inputs that it should have computed that from: those that the
-    server before has answered. None if it has to be asked once more. Raises `PeerError`s.
+    server before has answered. None if it has to be asked once more. Raises `PeerError`s. `may_sum` tells whether it
+    may add gradients of factors to a sum, in place of answering them.
     """
 
     hop: Hop
     usual_seconds: float
     turn: RingTurn
     answer: Callable[[Inputs], Coroutine[Any, Any, Answer | None]]
+    may_sum: bool = False
 
     @property
     def peer(self) -> str:
@@ -73,6 +75,8 @@ AskedGradients = AskedServer[torch.Tensor, PieceGradients]
 """A server that computes gradients, given the gradient [B, T, D] of its piece's outputs."""
 AskedNorms = AskedServer[None, torch.Tensor]
 """A server that computes the norms [N] of rows of weights."""
+AskedSum = AskedServer[None, Mapping[int, FactorGradients]]
+"""A server that has a sum of gradients of factors, by block."""
 
 
 class ServerPasses:
@@ -144,30 +148,14 @@ class ServerPasses:
                 for index, each in enumerate(asked)
             ]
 
-    async def take_sum(self, plan: PassPlan, of: ServerSum, *, is_whole: bool) -> dict[int, FactorGradients] | None:
-        """The gradients of factors in a sum, by block, in float32 if it `is_whole` or of one pass, else in float64.
+    def take_sum(self, plan: PassPlan, of: ServerSum, *, is_whole: bool) -> AskedSum:
+        """Ask a server for a sum, in float32 if it `is_whole` or of one pass, else in float64.
 
-        None if the server does not have the sum of just the passes that the client counts in it. Raises `PeerError`s.
+        It answers None if it does not have the sum of just the passes that the client counts in it.
         """
-        needs_rest = not is_whole and len(of.passes) > 1
-        found = await self._half_of_sum(plan, of, keeps_rest=needs_rest)
-        if found is None or not needs_rest:
-            return found
-        rest = await self._half_of_sum(plan, of, keeps_rest=False)
-        return None if rest is None else {block: each + rest[block] for block, each in found.items()}
-
-    async def _half_of_sum(
-        self, plan: PassPlan, of: ServerSum, *, keeps_rest: bool
-    ) -> dict[int, FactorGradients] | None:
-        server, request = of.hop.server, TakeSum(name=of.name, keeps_rest=keeps_rest)
-        connection, result, tensors = await self.rings.pool.ask(server, request, {}, (), usual_seconds=SUM_SECONDS)
-        if not isinstance(result, SumResult) or result.num_passes != len(of.passes):
-            return None
-        found_N = tensors.get("factor_grads")
-        factors = by_block(plan.trained.in_span(of.hop.span), found_N, result.unused)
-        if factors is None or found_N is None or found_N.dtype != torch.float32:
-            raise _failed(connection, OTHER_THAN_ASKED)
-        return factors
+        turn, needs_rest = RingTurn(RingStart(1), None), not is_whole and len(of.passes) > 1
+        answer = functools.partial(self._sum, plan, of, turn, needs_rest)
+        return AskedServer(of.hop, SUM_SECONDS, turn, answer)
 
     def norms(self, hop: Hop, paths: Sequence[str], num_rows: int) -> AskedNorms:
         """Ask a server for the norms of the rows of some linear layers' weights, `num_rows` in all, of one block."""
@@ -196,7 +184,7 @@ class ServerPasses:
         self, plan: PassPlan, piece: MicrobatchPiece, grad: dict[TensorName, torch.Tensor], sums: SumLedger | None
     ) -> RingPart:
         assert piece.hop is not None
-        is_summed = sums is not None and fits_a_sum(plan.trained.in_span(piece.span))
+        trained = plan.trained.in_span(piece.span)
         request = Backward(
             model=self._swarm.model.key,
             fingerprint=self._swarm.fingerprint,
@@ -207,7 +195,7 @@ class ServerPasses:
             seed=piece.seed,
             inputs=plan.needs_inputs_of(piece.span),
             frozen=tuple(block for block in piece.span if block in plan.frozen),
-            into=sums.name_for(piece.hop) if sums is not None and is_summed else None,
+            into=sums.name_for(piece.hop) if sums is not None and fits_a_sum(trained) else None,
         )
         tensors = grad if piece.saved_as is not None else {**piece.tensors(), **grad}
         return RingPart(piece.hop, request, tensors, plan.tuning.in_span(piece.span), piece)
@@ -215,12 +203,13 @@ class ServerPasses:
     def _asked(
         self, asked: AskedPart, answer: Callable[[Inputs], Coroutine[Any, Any, Answer | None]]
     ) -> AskedServer[Inputs, Answer]:
-        part, times = asked.part, 1
+        part, times, may_sum = asked.part, 1, False
         if isinstance(part.request, Backward):
             times = BACKWARD if part.request.kept is not None else BACKWARD + 1
+            may_sum = part.request.into is not None
         slowness = self._swarm.measurements.slowness(asked.peer)
         usual_seconds = pass_seconds(part.hop, part.num_tokens, slowness=slowness, times=times)
-        return AskedServer(part.hop, usual_seconds, asked.turn, answer)
+        return AskedServer(part.hop, usual_seconds, asked.turn, answer, may_sum)
 
     async def _norms(self, hop: Hop, turn: RingTurn, paths: Sequence[str], num_rows: int, _: None) -> torch.Tensor:
         request = Norms(
@@ -237,6 +226,30 @@ class ServerPasses:
         if norms_N is None or norms_N.shape != (num_rows,) or not finite(norms_N):
             raise _failed(connection, OTHER_THAN_ASKED)
         return norms_N
+
+    async def _sum(
+        self, plan: PassPlan, of: ServerSum, turn: RingTurn, needs_rest: bool, _: None
+    ) -> Mapping[int, FactorGradients] | None:
+        found = await self._half_of_sum(plan, of, turn, keeps_rest=needs_rest)
+        if found is None or not needs_rest:
+            return found
+        rest = await self._half_of_sum(plan, of, turn, keeps_rest=False)
+        return None if rest is None else {block: each + rest[block] for block, each in found.items()}
+
+    async def _half_of_sum(
+        self, plan: PassPlan, of: ServerSum, turn: RingTurn, *, keeps_rest: bool
+    ) -> dict[int, FactorGradients] | None:
+        server, request = of.hop.server, TakeSum(name=of.name, keeps_rest=keeps_rest)
+        connection, result, tensors = await self.rings.pool.ask(
+            server, request, {}, (), usual_seconds=SUM_SECONDS, turn=turn
+        )
+        if not isinstance(result, SumResult) or result.num_passes != len(of.passes):
+            return None
+        found_N = tensors.get("factor_grads")
+        factors = by_block(plan.trained.in_span(of.hop.span), found_N, result.unused)
+        if factors is None or found_N is None or found_N.dtype != torch.float32:
+            raise _failed(connection, OTHER_THAN_ASKED)
+        return factors
 
     # -- what is answered ---------------------------------------------------------------------------------------------
 

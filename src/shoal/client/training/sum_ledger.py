@@ -39,6 +39,10 @@ class ServerSum:
     hop: Hop
     passes: list[SummedPass] = field(default_factory=list)
 
+    def is_whole(self, *, num_microbatches: int) -> bool:
+        """Whether all gradients of the batch for these blocks are in this one sum, which may be rounded then."""
+        return len(self.passes) == num_microbatches
+
 
 def _new_name() -> str:
     return secrets.token_hex(16)
@@ -54,9 +58,11 @@ class SumLedger:
 
     def name_for(self, hop: Hop) -> str:
         """The name of the sum that the next pass on this hop goes into."""
-        name = self._open.setdefault((hop.server.peer, hop.span), self._new_name())
-        self._sums.setdefault(name, ServerSum(name, hop))
-        return name
+        key = hop.server.peer, hop.span
+        if key not in self._open:
+            name = self._open[key] = self._new_name()
+            self._sums[name] = ServerSum(name, hop)
+        return self._open[key]
 
     def count(self, name: str, one: SummedPass) -> None:
         """The answer of a pass is used, and its gradients are in this sum."""
@@ -74,7 +80,3 @@ class SumLedger:
         for each in found:
             each.passes.sort(key=lambda one: one.number)
         return sorted(found, key=lambda each: (each.hop.span.start, each.hop.span.end, each.passes[0].number))
-
-    def is_whole(self, of: ServerSum, *, num_microbatches: int) -> bool:
-        """Whether all gradients of the batch for these blocks are in this one sum, which may be rounded then."""
-        return len(of.passes) == num_microbatches

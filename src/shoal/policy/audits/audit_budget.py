@@ -22,6 +22,8 @@ RATES: dict[AuditLevel, float] = {"off": 0.0, "low": 0.03, "high": 0.3}
 """What audits cost at each level, as a part of the compute of the decoding."""
 FIRST_AUDIT_TOKENS = 24
 """A server that is new to the client is audited after at most this many tokens, at a moment that it cannot foresee."""
+MOST_FAILED = 8
+"""An audit whose witnesses fail is made again at once, by others, unless it failed so often in a row."""
 PASS_TOKENS = FIRST_AUDIT_TOKENS // 4
 """A pass without a cache counts as this many tokens there: a new server is audited within its first four passes."""
 PASS_CHANCE = 0.5

@@ -173,19 +173,21 @@ class SessionAuditor:
                 continue
             async with self._book.audit_one:
                 chosen = self._next_claim()
-                doubt = None if chosen is None else await self._audit_or_postpone(chosen)
+                doubt = None if chosen is None else await self._audit_or_give_up(chosen)
             if doubt is not None:
                 self._doubts.append(doubt)
                 self._mending.set()
 
-    async def _audit_or_postpone(self, claim: Claim) -> Doubt | None:
+    async def _audit_or_give_up(self, claim: Claim) -> Doubt | None:
         try:
             return await self._audit(claim)
         except MissingBlocks as missing:
             log.debug("%s cannot be audited: %s", claim.peer, missing)
+            self._book.postpone(claim.peer)
         except SwarmError as failure:
             log.info("an audit of %s was given up: %s", claim.peer, failure)
-        self._book.postpone(claim.peer)
+            self._book.record_failed(claim.peer)
+            self._wakeup.set()
         return None
 
     def _next_claim(self) -> Claim | None:
