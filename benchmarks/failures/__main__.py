@@ -286,7 +286,7 @@ def told(
 @interruptible()
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[128, 1024])
+    parser.add_argument("--tokens", type=int, nargs="*", default=[128, 1024])
     parser.add_argument("--rates", type=float, nargs="*", default=[1e-3, 1e-2, 1e-1])
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
     parser.add_argument("--rounds", type=int, default=1)
