@@ -43,6 +43,12 @@ async def _error_of(work: Coroutine[Any, Any, None]) -> Exception | None:
     return None
 
 
+def raise_error_of(task: asyncio.Task[None] | None) -> None:
+    """Raise the error of a task that has failed; nothing if it runs, or if there is none."""
+    if task is not None and task.done():
+        task.result()
+
+
 @contextlib.asynccontextmanager
 async def owned_task(work: Coroutine[Any, Any, T]) -> AsyncIterator[asyncio.Task[T]]:
     """The task of `work`, which ends with the context at the latest. Its result and its error are for the caller."""

@@ -19,8 +19,7 @@ What belongs to a session:
     ├─ Race           which other servers compute a step that is late
     └─ StandbyManager what is done between two steps
 
-A step is named by its epoch and position. Steps that are still on their way can become wrong: tokens are forgotten,
-beams are rearranged, or a server that fails may have pushed something wrong. Then the session begins a new epoch.
+A step is named by its epoch and position. When steps on their way become wrong, the session begins a new epoch.
 """
 
 # B sequences, T new tokens, D hidden size
@@ -49,7 +48,7 @@ from shoal.client.decoding.state import SessionState, states_of
 from shoal.client.head.logits import Logits, LogitsRequest
 from shoal.client.swarm.known.directory_cache import Holding
 from shoal.client.swarm.swarm import Swarm
-from shoal.concurrency import first_of
+from shoal.concurrency import first_of, raise_error_of
 from shoal.errors import CannotRewind, Interrupted, ServerBusy, ServerLost, SwarmError, UserError
 from shoal.events import SessionClosed, SessionOpened, TextDoubtful
 from shoal.model.peft.factors import ActiveAdapters
@@ -188,15 +187,16 @@ class Session:
     ) -> torch.Tensor | Logits:
         """Append the inputs of the tokens from `position` on; returns the span's outputs for them, [B, T, D].
 
-        `positions_BT` are the position ids, None if the tokens are simply counted; `mask_BS` is 0 where a token is
-        padding. With a `logits_request` it returns logits instead, if the last server has an output head. The steps
-        `ahead` are sent behind this one, ask for the same of all their tokens, and are not waited for: a next call for
-        the first of these very steps does that, and any other takes them back. A step that fails or is cancelled leaves
-        the session as it was. Raises `UserError` when it is closed, and `SwarmError`s as `Swarm.with_failover` does.
+        `positions_BT` are the position ids, None if tokens are counted; `mask_BS` is 0 where a token is padding. With a
+        `logits_request` it returns logits if the last server has an output head. The steps `ahead` are sent behind this
+        one, ask for the same of all their tokens, and are not waited for: a next call for the first of these very steps
+        does that, any other takes them back. A step that fails or is cancelled leaves the session as it was. Raises
+        `UserError` when it is closed, and `SwarmError`s as `Swarm.with_failover` does.
         """
         async with self._busy:
             if self._closed:
                 raise UserError("this session is closed")
+            raise_error_of(self._maintenance)  # without it, nothing is repaired, moved or audited
             self._step, end = asyncio.current_task(), position + hidden_BTD.shape[1]
             try:
                 pipeline = None if self._changes else self._pipeline

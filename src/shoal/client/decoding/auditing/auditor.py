@@ -140,7 +140,9 @@ class SessionAuditor:
                 claim = self._claims[stage] = Claim(
                     stage.hop.server, stage.hop.span, stage.history, outputs, stage.answered_from, stage.answered_from
                 )
-            claim.end = max(claim.end, min(stage.progress.num_computed, outputs.num_tokens, self._num_stable))
+            # What a server was pushed, it may have answered before the client knows it.
+            known = min(stage.num_tokens, outputs.num_tokens, stage.progress.num_computed)
+            claim.end = max(claim.end, min(known, self._num_stable))
             pusher = pipeline.pusher_to(stage)
             if pusher is not None and pusher not in claim.pushed_by:
                 claim.pushed_by = (*claim.pushed_by, pusher)
