@@ -24,27 +24,38 @@ from .test_streams import expected
 from .tiny_models import tiny_config, tiny_model
 
 NUM_BLOCKS = 3
-FAMILIES = [("deepseek_v3", 1), ("deepseek_v3", 3), ("glm4_moe", 1), ("glm4_moe", 2)]
+FAMILIES = [("deepseek_v3", 1), ("deepseek_v3", 3), ("glm4_moe", 1), ("glm4_moe", 2), ("mellum", 1)]
 """With the number of layers that predict further tokens."""
+USUAL_ENDS = "eh_proj", "enorm", "hnorm", "shared_head.norm"
+ENDS = {"mellum": ["mtp.fc", "mtp.pre_fc_norm_embedding", "mtp.pre_fc_norm_hidden", "mtp.norm"]}
+"""What only a further layer has: its projection, and three norms."""
 NUM_TOKENS = 16
 """What `expected` generates."""
-PROMPT = torch.tensor([[5, 17, 42, 5, 17, 9, 30]])
+PROMPT = torch.tensor([[6, 18, 43, 6, 18, 10, 31]])
 
 
-def write_checkpoint(folder: Path, model_type: str, num_layers: int, **changes: Any) -> Path:
+def write_checkpoint(folder: Path, model_type: str, num_layers: int) -> Path:
     """A checkpoint as they are published: further layers stand behind the blocks, each with what only it has."""
     torch.manual_seed(3)
-    tiny_model(tiny_config(model_type, num_hidden_layers=NUM_BLOCKS + num_layers, **changes)).save_pretrained(folder)
+    changes: dict[str, Any] = {"num_hidden_layers": NUM_BLOCKS + num_layers}
+    if model_type == "mellum":  # its further layer is a sliding one, which the model has to have, too
+        changes["layer_types"] = ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention"]
+    tiny_model(tiny_config(model_type, **changes)).save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
     config |= {"num_hidden_layers": NUM_BLOCKS, "num_nextn_predict_layers": num_layers}
-    config.pop("layer_types", None)
+    for name in ("layer_types", "mlp_layer_types"):
+        if name in config:
+            config[name] = config[name][:NUM_BLOCKS]
     (folder / "config.json").write_text(json.dumps(config))
     tensors, size = load_file(folder / "model.safetensors"), config["hidden_size"]
     for number in range(NUM_BLOCKS, NUM_BLOCKS + num_layers):
-        prefix = f"model.layers.{number}"
-        tensors[f"{prefix}.eh_proj.weight"] = torch.randn(size, 2 * size) * 0.2
-        for norm in ("enorm", "hnorm", "shared_head.norm"):
-            tensors[f"{prefix}.{norm}.weight"] = 1 + 0.1 * torch.randn(size)
+        block = f"model.layers.{number}"
+        projection, *norms = ENDS.get(model_type, [f"{block}.{name}" for name in USUAL_ENDS])
+        tensors[f"{projection}.weight"] = torch.randn(size, 2 * size) * 0.2
+        for norm in norms:
+            tensors[f"{norm}.weight"] = 1 + 0.1 * torch.randn(size)
+    if model_type in ENDS:  # its further layer has a name of its own
+        tensors = {name.replace(f"model.layers.{NUM_BLOCKS}.", "mtp.layers.0."): each for name, each in tensors.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
@@ -53,7 +64,8 @@ def plain(folder: Path) -> PreTrainedModel:
     """The model on one machine, which finds its further layers as those of a published checkpoint."""
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     numbers = range(NUM_BLOCKS, NUM_BLOCKS + model.config.num_mtp_layers)
-    model._keys_to_ignore_on_load_unexpected = [rf"model\.layers\.{number}\..*" for number in numbers]
+    patterns = [rf"model\.layers\.{number}\..*" for number in numbers]
+    model._keys_to_ignore_on_load_unexpected = [*patterns, r"^mtp\."]
     return model.eval()
 
 
@@ -112,6 +124,7 @@ def test_they_guess_what_they_guess_in_transformers(
         stream = model.stream(PROMPT, max_new_tokens=NUM_TOKENS, draft=drafter, num_guesses=num_layers)
         assert [token.id for token in stream] == wanted
     ours = {length: found for length, found in drafter.guessed.items() if length in theirs}
+    assert len(wanted) == NUM_TOKENS
     assert len(ours) >= NUM_TOKENS / 2
     assert ours == {length: theirs[length][: len(found)] for length, found in ours.items()}
 

@@ -125,7 +125,7 @@ class Checkpoint:
 
         `size_of` gives the size in bytes of one tensor, from its header.
         """
-        of_head = (tensor for name, tensor in self._headers.items() if self.family.block_of(name) is None)
+        of_head = (tensor for name, tensor in self._headers.items() if self._is_of_head(name))
         return round(sum(map(size_of, of_head)))
 
     def block_tensors(self, span: Span) -> dict[str, Tensor]:
@@ -149,11 +149,11 @@ class Checkpoint:
             tensor.flatten().view(torch.uint8)[:: mmap.PAGESIZE].sum()  # touches each page
 
     def head_tensors(self) -> dict[str, Tensor]:
-        """All tensors outside of the blocks, read in the same way.
+        """All tensors outside of the blocks that the model itself has, read in the same way.
 
         If the output head is tied to the embeddings, the checkpoint has only one of them.
         """
-        return self._read(name for name in self.file_of if self.family.block_of(name) is None)
+        return self._read(name for name in self.file_of if self._is_of_head(name))
 
     def prediction_tensors(self) -> dict[str, Tensor]:
         """All tensors of layers that predict further tokens, read in the same way; none if there are no such layers.
@@ -161,6 +161,9 @@ class Checkpoint:
         They are numbered behind the blocks, or named `mtp`.
         """
         return self._read(name for name in self.file_of if self._is_prediction(name))
+
+    def _is_of_head(self, name: str) -> bool:
+        return self.family.block_of(name) is None and not self._is_prediction(name)
 
     def _is_prediction(self, name: str) -> bool:
         block = self.family.block_of(name)
