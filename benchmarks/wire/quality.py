@@ -29,6 +29,7 @@ from benchmarks.common.machine import describe_machine
 from benchmarks.inversion.attack import Change
 from benchmarks.inversion.defenses import changed_at, cost_of, layers_of, written_by
 from shoal.bundled import STORIES
+from shoal.host.processes import interruptible
 from shoal.net.wire.encodings import as_received
 
 NUM_TEXTS = 32
@@ -78,6 +79,7 @@ def texts_of(model: object, folder: Path, file: Path | None) -> Tensor:
     return ids[: num * NUM_TOKENS].view(num, NUM_TOKENS)
 
 
+@interruptible()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=STORIES)
