@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.generation.candidate_generator import MTPCandidateGenerator
 
 from shoal import CheckpointError, UnsupportedOperation
@@ -173,8 +173,9 @@ def test_generate_takes_transformers_option(net: Swarm, alone: PreTrainedModel):
     assert (
         model.generate(ids, max_new_tokens=8, use_mtp=True).tolist() == alone.generate(ids, max_new_tokens=8).tolist()
     )
-    with pytest.raises(UnsupportedOperation, match="use_mtp"):
-        model.generate(ids, max_new_tokens=8, use_mtp=True, num_beams=2)
+    for options in ({"use_mtp": True, "num_beams": 2}, {"generation_config": GenerationConfig(use_mtp=True)}):
+        with pytest.raises(UnsupportedOperation, match="use_mtp"):
+            model.generate(ids, max_new_tokens=8, **options)
 
 
 def test_what_cannot_guess_is_refused(net: Swarm, folder: Path, tmp_path: Path):

@@ -117,8 +117,11 @@ class DistributedModel(SavesTrained):
         kwargs.pop("draft", None)
         if not args and (options := as_stream(self, kwargs)) is not None:
             return self._generate_with_guesses(inputs, session=session, **options)
-        if kwargs.get("use_mtp"):
-            raise UnsupportedOperation("with use_mtp, this call cannot be decoded", hint='use stream(draft="mtp")')
+        if kwargs.get("use_mtp") or getattr(kwargs.get("generation_config"), "use_mtp", None):
+            raise UnsupportedOperation(
+                "with use_mtp, this call cannot be decoded",
+                hint='pass use_mtp=True in the call, without beams and a cache; or use stream(draft="mtp")',
+            )
         generate = super().generate  # type: ignore[misc]
         if self._remote_head is not None:
             self._remote_head.check_options(kwargs)
