@@ -158,7 +158,7 @@ async def guesses(client: Client) -> None:
 
 async def rounds(client: Client) -> None:
     """Several steps under way at once. Some of them turn out to be wrong, and are taken back."""
-    async with reading(client, max_length=96) as text:
+    async with reading(client, max_length=80) as text:  # two rows of it fit into the tightest cache
         await text.read(prompt(1, 14))
         client.enters("decode")
         steps = [prompt(1, 1 + index % 4, seed=index) for index in range(24)]
