@@ -25,7 +25,7 @@ from shoal.client.distributed_model import distributed
 from shoal.client.generation.drafting.draft_models import DraftModels
 from shoal.client.head.logits import RemoteHead
 from shoal.client.head.projection import prepare_projection
-from shoal.client.options.client_options import AUTO, INITIAL_PEERS, MTP, OFF, ClientOptions, ModelOptions
+from shoal.client.options.client_options import AUTO, INITIAL_PEERS, OFF, ClientOptions, ModelOptions
 from shoal.client.options.model_checks import changed_config, check_encodings, check_pins, device_of, dtype_of
 from shoal.client.options.peer_names import found_in_directory
 from shoal.client.runtime import Runtime
@@ -288,10 +288,8 @@ def _built(
     )
     blocks.mount(skeletons(model.meta_layers, torch.empty(0, dtype=dtype, device=device)))
     model.draft_models = DraftModels(model.config, checkpoint, options=options.model, dtype=dtype, device=device)
-    if options.draft == MTP:
-        model.draft_models.own_layers(model)
-    elif options.draft not in (AUTO, OFF):
-        model.draft_models.draft(options.draft)  # what is wrong with it is known before the first text
+    if options.draft not in (AUTO, OFF):
+        model.draft_models.drafter(model, options.draft)  # what is wrong with it is known before the first text
     model.name_or_path = model.config._name_or_path = checkpoint.files.origin  # PEFT writes it into its adapters
     if isinstance(checkpoint.files, HubFiles):
         model.config._commit_hash = checkpoint.files.commit  # other files have to be of it

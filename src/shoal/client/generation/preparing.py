@@ -19,13 +19,11 @@ from transformers.generation.logits_process import UnbatchedClassifierFreeGuidan
 
 from shoal.client.continuation import Continuation
 from shoal.client.generation.drafting.drafter import Drafter
-from shoal.client.generation.drafting.model_drafter import ModelDrafter
-from shoal.client.generation.drafting.mtp_drafter import MtpDrafter
 from shoal.client.generation.drafting.ngram_drafter import NgramDrafter
 from shoal.client.generation.generation import MAX_GUESSES, Generation
 from shoal.client.generation.speculating import Speculation
 from shoal.client.inference_session import InferenceSession
-from shoal.client.options.client_options import AUTO, MTP, OFF, parse_draft
+from shoal.client.options.client_options import AUTO, OFF, parse_draft
 from shoal.errors import UnsupportedOperation, UserError
 from shoal.model.remote_cache import CACHE_NAMES, RemoteCache
 
@@ -105,10 +103,8 @@ def _speculation(
     drafters: list[Drafter] = [NgramDrafter()]
     if isinstance(draft, Drafter):
         drafters = [draft]
-    elif parse_draft(draft) == MTP:
-        drafters.append(MtpDrafter(model.draft_models.own_layers(model)))
-    elif draft not in (AUTO, OFF):
-        drafters.append(ModelDrafter(model.draft_models.draft(draft)))
+    elif parse_draft(draft) not in (AUTO, OFF):
+        drafters.append(model.draft_models.drafter(model, draft))
     if draft == OFF or model._is_stateful:
         return None
     for drafter in drafters:

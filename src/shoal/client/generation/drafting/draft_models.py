@@ -15,9 +15,10 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from shoal.client.blocks import RemoteSequential
-from shoal.client.generation.drafting.model_drafter import DraftModel
+from shoal.client.generation.drafting.model_drafter import DraftModel, ModelDrafter
+from shoal.client.generation.drafting.mtp_drafter import MtpDrafter
 from shoal.client.generation.drafting.mtp_layers import MtpLayers
-from shoal.client.options.client_options import ModelOptions
+from shoal.client.options.client_options import MTP, ModelOptions
 from shoal.errors import CheckpointError, UnsupportedOperation, UserError
 from shoal.model.weights.checkpoint import Checkpoint
 from shoal.model.weights.completeness import check_loaded
@@ -54,6 +55,13 @@ class DraftModels:
     def __deepcopy__(self, memo: dict[int, Any]) -> DraftModels:
         """Weights are not copied."""
         return self
+
+    def drafter(self, model: Any, named: str | Path | PreTrainedModel) -> MtpDrafter | ModelDrafter:
+        """A drafter for one text: of the `model`'s own layers if "mtp" is `named`, else of a draft.
+
+        Raises what `own_layers` and `draft` raise.
+        """
+        return MtpDrafter(self.own_layers(model)) if named == MTP else ModelDrafter(self.draft(named))
 
     def draft(self, named: str | Path | PreTrainedModel) -> DraftModel:
         """A draft by the folder or the id on the hub that it is in, or one that the caller has loaded.

@@ -14,14 +14,14 @@ MOST_MEASURED = 8
 
 
 class GuessTime:
-    """The seconds of one guess. `guess` makes one, of a text that nobody has."""
+    """The seconds of one guess. `guess` makes one, of a made-up text."""
 
     def __init__(self, guess: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
         self.seconds_each = min(self._seconds_of(guess) for _ in range(WARM_UPS))
 
     def measured(self, guess: Callable[[], list[int]], *, num_new: int) -> list[int]:
-        """The guesses that this call makes, behind so many new tokens. What it takes counts from now on."""
+        """The guesses that this call makes, behind `num_new` new tokens. Its seconds count from now on."""
         started = self._clock()
         found = guess()
         if num_new <= MOST_MEASURED and found:
