@@ -22,6 +22,10 @@ settings.load_profile("shoal")
 
 LONGEST = "test_schedules.py"
 """It takes two minutes of a processor. Each file is for one worker: among the last, it would keep one busy alone."""
+WAITING = ("net", "clients")
+"""The folders of tests that start processes, and wait for them half of the time."""
+AMONG = 6
+"""After each file of waiting tests come so many others, which use the processors meanwhile."""
 
 
 HANGS_AFTER = 300
@@ -73,8 +77,15 @@ def pytest_collection() -> Iterator[object]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest file comes first; all others, and the tests in it, keep their order."""
-    items.sort(key=lambda item: item.path.name != LONGEST)
+    """The longest file comes first, files of tests that wait are spread among others, and a file keeps its order."""
+    waiting, others = (
+        list(dict.fromkeys(item.path for item in items if (item.path.parent.name in WAITING) is waits))
+        for waits in (True, False)
+    )
+    place = {path: AMONG * index for index, path in enumerate(waiting)} | {
+        path: index for index, path in enumerate(others)
+    }
+    items.sort(key=lambda item: (item.path.name != LONGEST, place[item.path], item.path))
 
 
 @pytest.fixture(autouse=True)

@@ -13,11 +13,12 @@ answers are compared with the tokens of plain Transformers on one machine.
 
 The exit status is 1 if a turn failed or has other tokens, if a client or a server ended by itself or did not end, if
 the memory of a client or of one of the two servers grew by more than `MAX_GROWTH` bytes after the first third of the
-time, or if pages of a cache are missing at the end.
+time, if one of them has processes left over, or if pages of a cache are missing at the end.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import shutil
 import statistics
@@ -52,6 +53,8 @@ NUM_CONVERSATIONS = 48
 SAMPLE_SECONDS = 5.0
 REPORT_SECONDS = 30.0
 LONG_GAP_SECONDS = 3.0
+MAX_PROCESSES = 5
+"""A server, its network daemon, the one that dials for other peers, and the process that watches each daemon."""
 LAST_CONVERSATION_SECONDS = 120.0
 """How long a client may go on with its conversation after the end of the soak."""
 
@@ -114,33 +117,45 @@ class GuardedSwarm:
 
 
 class Memory:
-    """Resident memory over time of processes and their descendants, in bytes."""
+    """Resident memory over time of processes and of their descendants, in bytes.
+
+    Growth is that of processes that live from the first sample to the last. A server has a second network daemon for
+    the minute after a peer has asked it to dial: its memory is no growth, and `crowded` tells whether such ones stay.
+    """
 
     def __init__(self, processes: dict[str, int]) -> None:
         self._processes = processes
-        self._samples: dict[str, list[tuple[float, int]]] = {name: [] for name in processes}
+        self._samples: dict[str, list[tuple[float, dict[int, int]]]] = {name: [] for name in processes}
 
     def sample(self, passed: float) -> None:
         for name, pid in self._processes.items():
-            try:
+            found: dict[int, int] = {}
+            with contextlib.suppress(psutil.NoSuchProcess):
                 process = psutil.Process(pid)
-                family = [process, *process.children(recursive=True)]
-                self._samples[name].append((passed, sum(each.memory_info().rss for each in family)))
-            except psutil.NoSuchProcess:
-                pass
+                for each in (process, *process.children(recursive=True)):
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        found[each.pid] = each.memory_info().rss
+            if pid in found:
+                self._samples[name].append((passed, found))
 
     def last(self) -> dict[str, int]:
-        return {name: samples[-1][1] for name, samples in self._samples.items() if samples}
+        return {name: sum(samples[-1][1].values()) for name, samples in self._samples.items() if samples}
 
     def growth(self, seconds: float) -> dict[str, tuple[int, int]]:
         """For each process, its maximum in the first third of the time, and its maximum after that."""
         found = {}
         for name, samples in self._samples.items():
-            first = [rss for at, rss in samples if at <= seconds / 3]
-            later = [rss for at, rss in samples if at > seconds / 3]
+            lasting = set.intersection(*(set(each) for _, each in samples)) if samples else set()
+            totals = [(at, sum(each[pid] for pid in lasting)) for at, each in samples]
+            first = [rss for at, rss in totals if at <= seconds / 3]
+            later = [rss for at, rss in totals if at > seconds / 3]
             if first and later:
                 found[name] = max(first), max(later)
         return found
+
+    def crowded(self) -> list[str]:
+        """Those that have more than `MAX_PROCESSES` processes at the end, themselves included."""
+        return [name for name, samples in self._samples.items() if samples and len(samples[-1][1]) > MAX_PROCESSES]
 
 
 def missing_pages(swarm: ShapedSwarm) -> list[str]:
@@ -217,6 +232,7 @@ def judge(
         f"memory grew by more than {MAX_GROWTH >> 20} MiB": any(
             later - first > MAX_GROWTH for first, later in growth.values()
         ),
+        "processes are left at " + ", ".join(crowded := memory.crowded()): crowded,
         "pages are missing at " + ", ".join(missing): missing,
     }
     for fault in (name for name, found_it in faults.items() if found_it):

@@ -81,7 +81,7 @@ def example(peers: str, tmp_path: Path) -> Callable[..., Run]:
 
 
 def test_a_soft_prompt_learns_how_a_day_ended(example):
-    run = example("sentiment", "--steps", "50")
+    run = example("sentiment", "--steps", "25", "--lr", "0.02")
     (before,), (after,) = run.figures("accuracy before"), run.figures("accuracy after")
     assert before < 0.65  # chance is 0.5
     assert after > before + 0.25
@@ -98,7 +98,7 @@ def test_lora_learns_to_follow_instructions(example):
 
 
 def test_two_participants_learn_tasks_for_which_only_one_has_data(example):
-    run = example("together", "--steps", "16")
+    run = example("together", "--steps", "8")
     before, after = run.figures("accuracy before"), run.figures("after")
     assert len(before) == len(after) == 2
     assert after[0] == after[1]  # both have the same adapter

@@ -79,7 +79,7 @@ pytestmark = pytest.mark.usefixtures("no_log_lines")
 
 
 @settings(
-    max_examples=NUM_EXAMPLES or 25,
+    max_examples=NUM_EXAMPLES or 15,
     derandomize=not NUM_EXAMPLES,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.large_base_example],

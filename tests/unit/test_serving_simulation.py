@@ -46,7 +46,7 @@ def every_policy() -> pytest.MarkDecorator:
 @every_policy()
 @given(seed=st.integers(0, 1000), rate=st.sampled_from([0.5, 3.0, 20.0]), pages=st.integers(20, 100))
 @example(seed=214, rate=3.0, pages=25)  # where waiting sessions held all pages, those of prompts that were known
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 def test_every_job_ends_once_and_pages_are_never_negative_nor_lost(policy: Policy, seed: int, rate: float, pages: int):
     jobs = generations(SHORT, 25, rate=rate, seed=seed)
     served = serve(jobs, replace(policy.setup, num_pages=pages), policy.rule)  # pages are checked after each pass
@@ -99,7 +99,7 @@ def test_a_long_job_ends_although_short_ones_come_faster_than_they_can_be_comput
 
 
 def test_running_to_completion_is_worst_when_there_is_much_to_do():
-    jobs = generations(SHORT, 60, rate=1.0, seed=2)
+    jobs = generations(SHORT, 40, rate=1.0, seed=2)
     rows = compare(jobs, ALL, [0.9], saturated_rate=saturation(jobs, SMALL))
     worst = max(rows, key=lambda row: row.mean)
     assert worst.policy == "run-to-completion"
@@ -130,7 +130,7 @@ def test_first_come_takes_pages_only_for_sessions_that_came_before():
 
 
 @given(seed=st.integers(0, 1000))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=5, deadline=None)
 def test_a_job_is_replayed_under_first_come_at_most_once_for_each_job_before_it(seed: int):
     jobs = generations(SHORT, 60, rate=5.0, seed=seed)
     replays = Counter[str]()

@@ -78,7 +78,7 @@ class MemoryLink:
         self._queues: tuple[deque[_InTransit], ...] = (deque(), deque())
         self._ended = False
         self._broken = False
-        self._changed = asyncio.Event()
+        self._changed = [asyncio.Event(), asyncio.Event()]  # what the opener and what the acceptor has sent
         self._sent: list[_Sent] = [_Sent(), _Sent()]  # by the opener and by the acceptor
 
     @property
@@ -88,8 +88,13 @@ class MemoryLink:
 
     def wake(self) -> None:
         """Let all waiting senders and receivers look again."""
-        self._changed.set()
-        self._changed = asyncio.Event()
+        self._wake(0)
+        self._wake(1)
+
+    def _wake(self, sender: int) -> None:
+        """Let those look again who wait for what the opener (0) or the acceptor (1) sends, or for room in it."""
+        self._changed[sender].set()
+        self._changed[sender] = asyncio.Event()
 
     def break_(self) -> None:
         """End both directions at once, and lose the frames in transit."""
@@ -106,7 +111,7 @@ class MemoryLink:
         """Send a frame as the opener (`me` is 0) or the acceptor (1). Raises `StreamBroken`."""
         queue = self._queues[me]
         while len(queue) >= QUEUE_FRAMES and not self._ended:
-            await self._changed.wait()
+            await self._changed[me].wait()
         if self._ended:
             raise StreamBroken(f"the stream to {frame.receiver} has ended")
         delivered = self._alter(frame)
@@ -117,7 +122,7 @@ class MemoryLink:
             queue.append(_InTransit(begins + latency, ends + latency, delivered))
         if self._faults.count_frame(frame.sender):
             self.end()
-        self.wake()
+        self._wake(me)
         self._sent[me] = _Sent(self.sent_bytes(me), begins, ends, frame.num_bytes)
         if ends > now:
             await asyncio.sleep(ends - now)
@@ -136,7 +141,7 @@ class MemoryLink:
     async def receive(self, me: int) -> Frame:
         """The next frame for the opener (`me` is 0) or the acceptor (1). Raises `StreamBroken`."""
         transit = await self._next(me, lambda transit: transit.ends_at)
-        self.wake()
+        self._wake(1 - me)
         self._queues[1 - me].popleft()
         return transit.frame
 
@@ -155,7 +160,7 @@ class MemoryLink:
                     raise StreamBroken(f"{self.peers[1 - me]} has closed the stream")
             try:
                 async with asyncio.timeout(wait):
-                    await self._changed.wait()
+                    await self._changed[1 - me].wait()
             except TimeoutError:
                 continue
 
