@@ -90,7 +90,7 @@ def _demonstrate(
             hush_transformers()
         torch.set_num_threads(1)  # leaves the other cores to the servers
         for _ in children.wait_for([bootstrap], seconds=START_SECONDS):
-            pass
+            check()
         address = bootstrap.facts["address"]
         servers = [
             children.start(
@@ -104,6 +104,7 @@ def _demonstrate(
         stdout.print(Text(f"processes {pids}\n", style="dim"), soft_wrap=True)
         stdout.file.flush()
         for missing in children.wait_for(servers, seconds=START_SECONDS):
+            check()
             names = ", ".join(child.name for child in missing)
             progress.show(f"Starting {num_servers} servers; waiting for {names}")
         progress.show("Asking which server holds which blocks")

@@ -106,26 +106,26 @@ def command(
     ):
         servers = Servers(children, shares, is_new=True)
         server = servers.first.child
-        _wait(children, server)
+        _wait(children, server, check)
         servers.start_others()
         peer = ("--initial-peers", server.facts["address"])
         gateway = children.start("gateway", "gateway", model, *ask, *peer, environment=secrets)
-        _wait(children, gateway)
+        _wait(children, gateway, check)
         for fact in ("model", "page", "address"):
             print(f"{fact:<10}{gateway.facts[fact]}", flush=True)
         notify(READY="1", STATUS=f"Serving, and answering at {gateway.facts['address']}")
         _watch(children, servers, gateway, check)
 
 
-def _wait(children: Children, child: Child) -> None:
-    """Wait until a child is ready. Raises `SwarmError` if it does not come up.
+def _wait(children: Children, child: Child, check: Callable[[], None]) -> None:
+    """Wait until a child is ready, and call `check` meanwhile. Raises `SwarmError` if it does not come up.
 
     One that has reported why has done so where this process reports: then its exit status is that of this process.
     """
     notify(STATUS=f"Starting the {child.name}")
     try:
         for _ in children.wait_for([child], seconds=START_SECONDS):
-            pass
+            check()
     except SwarmError:
         if child.process.returncode in (FAILED, WRONG_USAGE):
             raise typer.Exit(child.process.returncode) from None

@@ -27,6 +27,8 @@ GRACE_SECONDS = 3.0
 """The time that a child gets to exit after SIGTERM, before it is killed, unless it needs more."""
 END_SECONDS = 5.0
 """The time that the processes a child has started get to exit after it."""
+LOOK_SECONDS = 1.0
+"""While a parent waits for children to be ready, it looks at other things as often."""
 
 
 class Process(Protocol):
@@ -182,7 +184,8 @@ class Children:
             self._changed.notify_all()
 
     def wait_for(self, children: Sequence[Child], *, seconds: float) -> Iterator[list[Child]]:
-        """Wait until all children are ready. Yields those that are not, first and after each change.
+        """Wait until all children are ready. Yields those that are not: first, after each change, and each second, so
+        that the caller can look whether it was interrupted.
 
         Raises `SwarmError` if a child ends, or if `seconds` pass.
         """
@@ -190,8 +193,8 @@ class Children:
         while waiting := [child for child in children if not child.is_ready]:
             yield waiting
             with self._changed:
-                while not any(child.is_ready or child.has_ended for child in waiting) and time.monotonic() < until:
-                    self._changed.wait(until - time.monotonic())
+                if not any(child.is_ready or child.has_ended for child in waiting):
+                    self._changed.wait(min(LOOK_SECONDS, until - time.monotonic()))
             if time.monotonic() >= until:
                 names = ", ".join(child.name for child in waiting)
                 raise SwarmError(
