@@ -235,7 +235,7 @@ def test_a_trace_that_makes_no_sense_is_refused(tmp_path: Path, text: str, messa
     assert error.value.hint is not None
 
 
-QUICK = ["--jobs", "20", "--lengths", "instructions", "--cache-tokens", "1024", "--load", "0.9"]
+QUICK = ["--jobs", "12", "--lengths", "instructions", "--cache-tokens", "1024", "--load", "0.9"]
 
 
 def test_the_command_prints_a_table_for_each_load_and_equal_ones_for_equal_seeds(capsys: pytest.CaptureFixture[str]):

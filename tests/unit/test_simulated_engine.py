@@ -171,7 +171,7 @@ def test_the_simulated_server_computes_the_passes_of_the_live_engine(name: str, 
 
 
 def test_one_client_with_several_sessions_is_simulated_too():
-    jobs = [replace(job, peer=f"client {job.number % 3}") for job in generations(SHORT, 40, rate=4.0, seed=5)]
+    jobs = [replace(job, peer=f"client {job.number % 3}") for job in generations(SHORT, 25, rate=6.0, seed=5)]
     for rule in RULES.values():
         passes: list[PassRecord] = []
         assert serve(jobs, SMALL, rule, on_pass=passes.append).num_preempted > 0
