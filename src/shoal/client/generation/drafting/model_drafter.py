@@ -92,11 +92,11 @@ class DraftModel:
         """
         made: list[Made | Exception] = [Made() for _ in wanted]
         asked = {index: each for index, (drafter, count) in enumerate(wanted) if (each := drafter.asks(count))}
-        texts = list(asked.items())
+        places = list(asked)
         readings = [Reading(len(each.text), each.num_new, each.count) for each in asked.values()]
-        size = self._size
-        for group in [[place] for place in range(len(texts))] if size is None else share_passes(size, readings):
-            indices = [texts[place][0] for place in group]
+        apart = [[place] for place in range(len(readings))]
+        for group in apart if self._size is None else share_passes(self._size, readings):
+            indices = [places[place] for place in group]
             for index, found in zip(indices, self._made([asked[each] for each in indices]), strict=True):
                 made[index] = found
                 if isinstance(found, Made):
