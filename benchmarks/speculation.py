@@ -1,7 +1,7 @@
 """What guessing ahead gains: one client and four servers, on one machine and 100 ms apart at 100 Mbit/s.
 
     python -m benchmarks.speculation [--quick] [--model MODEL] [--rounds 3] [--tokens 160]
-                                     [--draft MODEL] [--dtype float32 bfloat16] [--json]
+                                     [--draft MODEL] [--dtype float32 bfloat16] [--only-drafts] [--json]
 
 Each server is a process behind a proxy that shapes its link (docs/testing.md), with a quarter of the model, by default
 the bundled one. In each round each text is generated without guesses and with them, one after the other, on the same
@@ -18,6 +18,8 @@ servers; ratios are those of a round, and the table has their medians. The texts
 - *copied*: the same, always right, as where a model repeats a text faithfully; and once more with one round on its way
   at a time.
 - *adversary*: it lies each time, and says that it is certain.
+- *new, its draft, 8 clients*: eight clients of one model at once. Their texts share the passes of the draft, or each
+  has passes of its own (*apart*). `--only-drafts` tells these only.
 
 "Bound" is how many tokens a step gave: what is gained if a step with guesses takes as long as one without. With
 float32, the texts have to be the same with guesses and without, or the script fails; in bfloat16, passes of different
@@ -50,6 +52,7 @@ from benchmarks.common.machine import describe_machine
 from shoal import AutoDistributedModelForCausalLM
 from shoal.bundled import STORIES, STORIES_DRAFT
 from shoal.client.generation.drafting.drafter import Source
+from shoal.client.generation.drafting.model_drafter import ModelDrafter
 from shoal.host.processes import interruptible
 from shoal.testing import Link, shaped_swarm
 
@@ -105,6 +108,19 @@ class OneAtATime:
         self.append, self.source, self.guesses = known.append, known.source, known.guesses
 
 
+class Apart:
+    """A draft's drafter that guesses for its text alone, whatever others guess at the same time."""
+
+    def __init__(self, drafter: ModelDrafter) -> None:
+        self._drafter = drafter
+        self.append, self.source, self.guesses = drafter.append, drafter.source, drafter.guesses
+        self.further, self.read_piece = drafter.further, drafter.read_piece
+
+    @property
+    def is_behind(self) -> bool:
+        return self._drafter.is_behind
+
+
 @dataclass(frozen=True)
 class Told:
     """A generated text, and how fast its tokens came after the first."""
@@ -149,10 +165,10 @@ def tell(model: Any, prompt: torch.Tensor, num_tokens: int, draft: Any) -> Told:
         return Told(tokens, times[-1] - times[0], stream.num_guessed, stream.num_right)
 
 
-def tell_many(model: Any, prompt: torch.Tensor, num_tokens: int, draft: Any) -> list[Told]:
-    """The same for eight clients at once."""
-    with ThreadPoolExecutor(NUM_CLIENTS) as pool:
-        return list(pool.map(lambda _: tell(model, prompt, num_tokens, draft), range(NUM_CLIENTS)))
+def tell_many(model: Any, prompt: torch.Tensor, num_tokens: int, drafts: Sequence[Any]) -> list[Told]:
+    """The same for several clients at once, each with its draft."""
+    with ThreadPoolExecutor(len(drafts)) as pool:
+        return list(pool.map(lambda draft: tell(model, prompt, num_tokens, draft), drafts))
 
 
 def same(one: Sequence[int], other: Sequence[int]) -> int:
@@ -206,7 +222,7 @@ class Bench:
         adversary = KnownText(known, 0.0, says=0.95, seed=seed)
         found.append(self._figure(network, "adversary", self._new, adversary, plain=plain))
         found.append(self._of_many(network))
-        return found
+        return found + self.of_many_drafts(network)
 
     def _figure(
         self, network: str, text: str, prompt: torch.Tensor, draft: Any, *, plain: Told | None = None
@@ -216,9 +232,23 @@ class Bench:
         return self._compared(network, text, [plain], [guessing])
 
     def _of_many(self, network: str) -> Figure:
-        plain = tell_many(self._model, self._verbatim, self._num_tokens, "off")
-        guessing = tell_many(self._model, self._verbatim, self._num_tokens, "auto")
+        plain = tell_many(self._model, self._verbatim, self._num_tokens, NUM_CLIENTS * ["off"])
+        guessing = tell_many(self._model, self._verbatim, self._num_tokens, NUM_CLIENTS * ["auto"])
         return self._compared(network, f"verbatim, {NUM_CLIENTS} clients", plain, guessing)
+
+    def of_many_drafts(self, network: str) -> list[Figure]:
+        """Eight clients with a draft, whose passes they share or not."""
+        if self._draft is None:
+            return []
+        shared = self._model.draft_models.draft(self._draft)
+        plain = tell_many(self._model, self._new, self._num_tokens, NUM_CLIENTS * ["off"])
+        text, found = f"new, its draft, {NUM_CLIENTS} clients", []
+        for name, kind in ((text, ModelDrafter), (f"{text}, apart", lambda draft: Apart(ModelDrafter(draft)))):
+            drafts = [kind(shared) for _ in range(NUM_CLIENTS)]
+            found.append(
+                self._compared(network, name, plain, tell_many(self._model, self._new, self._num_tokens, drafts))
+            )
+        return found
 
     def _compared(self, network: str, text: str, plain: Sequence[Told], guessing: Sequence[Told]) -> Figure:
         pairs = list(zip(plain, guessing, strict=True))
@@ -244,7 +274,14 @@ class Bench:
 
 
 def measure(
-    model_path: Path, dtype: str, *, draft: Path | None, num_tokens: int, rounds: int, networks: Sequence[str]
+    model_path: Path,
+    dtype: str,
+    *,
+    draft: Path | None,
+    num_tokens: int,
+    rounds: int,
+    networks: Sequence[str],
+    only_drafts: bool,
 ) -> list[Figure]:
     """All figures, round after round."""
     num_blocks = transformers.AutoConfig.from_pretrained(model_path).num_hidden_layers
@@ -261,7 +298,7 @@ def measure(
                 for network in networks:
                     for server in swarm.servers:
                         server.link(NETWORKS[network])
-                    found += bench.figures(network, index)
+                    found += bench.of_many_drafts(network) if only_drafts else bench.figures(network, index)
             return found
         finally:
             model.close()
@@ -289,6 +326,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int)
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=[*DTYPES])
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=[*NETWORKS])
+    parser.add_argument("--only-drafts", action="store_true")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
@@ -299,7 +337,13 @@ def main() -> None:
     for dtype in arguments.dtype:
         draft = arguments.draft or (STORIES_DRAFT if arguments.model == STORIES else None)
         figures += measure(
-            arguments.model, dtype, draft=draft, num_tokens=num_tokens, rounds=rounds, networks=arguments.networks
+            arguments.model,
+            dtype,
+            draft=draft,
+            num_tokens=num_tokens,
+            rounds=rounds,
+            networks=arguments.networks,
+            only_drafts=arguments.only_drafts,
         )
     keys = dict.fromkeys((each.network, each.dtype, each.text) for each in figures)
     rows = [median([each for each in figures if (each.network, each.dtype, each.text) == key]) for key in keys]

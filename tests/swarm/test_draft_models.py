@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from shoal import CheckpointError, UnsupportedOperation, UserError
+from shoal.client.generation import generation_engine
 from shoal.client.generation.drafting.model_drafter import DraftModel, ModelDrafter
 
 from .harness import QUICK, Swarm, swarm_of
@@ -105,6 +106,37 @@ def test_a_draft_that_fails_ends_its_own_text_only(swarm: MakeSwarm, whole: PreT
         with pytest.raises(AttributeError):
             list(model.stream(prompt, max_new_tokens=NUM_TOKENS, draft=ModelDrafter(draft), num_guesses=2))
     assert [token.id for token in others] == expected(whole, PROMPTS[1], 0, {})
+
+
+def test_texts_at_the_same_time_share_the_passes_of_a_draft(
+    swarm: MakeSwarm, whole: PreTrainedModel, other: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+):
+    """Each turn of the engine waits until the steps of all are here, so that they guess in the same ones."""
+    monkeypatch.setattr(generation_engine, "COMPANY_SECONDS", 60.0)
+    model = swarm("0:2", "2:4").model()
+    prompts = [*PROMPTS, torch.cat((PROMPTS[0], PROMPTS[1]), dim=1)]
+    wanted = [(prompt, seed, options) for seed, options in enumerate(CONFIGS) for prompt in prompts]
+    wished = [expected(whole, prompt, seed, options) for prompt, seed, options in wanted]
+    num_passes = []
+    for draft in (whole, other):
+        sizes: list[int] = []
+
+        def note(_: Any, __: Any, given: dict[str, Any], sizes: list[int] = sizes) -> None:
+            sizes.append(len(given["input_ids"]))
+
+        model.stream(PROMPTS[0], max_new_tokens=1, draft=draft).close()  # opened
+        hook = draft.register_forward_pre_hook(note, with_kwargs=True)
+        try:
+            how = {"max_new_tokens": NUM_TOKENS, "draft": draft, "num_guesses": 3}
+            streams = [model.stream(prompt, seed=seed, **how, **options) for prompt, seed, options in wanted]
+            found = [[token.id for token in stream] for stream in streams]
+        finally:
+            hook.remove()
+        assert found == wished
+        num_passes.append((len(sizes), sum(sizes), max(sizes)))
+    for passes, of_texts, largest in num_passes:
+        assert largest > 1
+        assert passes < of_texts / 2
 
 
 def test_a_batch_has_a_draft_for_each_text(swarm: MakeSwarm, whole: PreTrainedModel, other_folder: Path):

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from random import Random
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.client.generation.drafting.drafter import Drafter, Source
+from shoal.client.generation.drafting.drafter import Drafter, Made, Source
 from shoal.client.generation.drafting.ngram_drafter import NgramDrafter
+from shoal.client.generation.drafting.wishes import grant
 from shoal.client.generation.speculating import NO_GUESSES, Guesses, Speculation
 from shoal.policy.speculation.acceptance import Acceptance, expected_tokens
 from shoal.policy.speculation.guess_count import (
@@ -65,6 +66,14 @@ class Trap:
         return [-1] * count
 
 
+def guessed(speculation: Speculation, *, most: int, clock: Callable[[], float] = lambda: 0.0) -> Guesses:
+    if (wish := speculation.wish(most=most)) is None:
+        return NO_GUESSES
+    [made] = grant([wish], clock)
+    assert isinstance(made, Made)
+    return speculation.granted(wish, made)
+
+
 def played(
     text: Sequence[int], drafter: Drafter, *, one: float, each: float, noise: float = 0.05, seed: int = 0
 ) -> float:
@@ -79,7 +88,7 @@ def played(
     sent: list[tuple[Guesses, float, bool]] = []  # guesses, when they are answered, and whether they were ahead
     while position < len(text):
         left = len(text) - position - 1
-        plan = [guesses for guesses, *_ in sent] or [speculation.guesses(most=min(64, left)) if left else NO_GUESSES]
+        plan = [guesses for guesses, *_ in sent] or [guessed(speculation, most=min(64, left)) if left else NO_GUESSES]
         while (room := left - sum(len(guesses.tokens) for guesses in plan)) > 0:
             further = speculation.further(plan, most=min(64, room))
             if not further.tokens:
@@ -278,12 +287,12 @@ class Scripted:
 
 def test_the_draft_that_turns_out_to_be_right_guesses_and_its_time_is_not_taken_for_that_of_a_step():
     wrong, right = Scripted("wrong", 1), Scripted("right", 2, seconds_each=0.01)
-    speculation = Speculation(wrong, right, clock=lambda: right.seconds)
+    speculation = Speculation(wrong, right)
     speculation.timed(NO_GUESSES, 1, FAR[0])
     seconds, num_tokens = 0.0, 0
     for _ in range(60):
         before = right.seconds
-        guesses = speculation.guesses(most=64)
+        guesses = guessed(speculation, most=64, clock=lambda: right.seconds)
         tokens = [2] * (1 + (len(guesses.tokens) if guesses.source is right.kind else 0))
         took = FAR[0] + FAR[1] * len(guesses.tokens) + right.seconds - before
         speculation.judged(guesses, tokens)

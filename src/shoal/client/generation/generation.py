@@ -12,6 +12,7 @@ import torch
 from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.stopping_criteria import MaxLengthCriteria, MaxTimeCriteria
 
+from shoal.client.generation.drafting.wishes import Wish, grant
 from shoal.client.generation.speculating import NO_GUESSES, Guesses, Speculation
 from shoal.client.inference_session import InferenceSession
 
@@ -65,20 +66,23 @@ class Generation:
         """One more token."""
         self.ids_1S = torch.cat((self.ids_1S, self.ids_1S.new_tensor([[token]])), dim=1)
 
+    def wish(self, most: int) -> Wish | None:
+        """What it wants to be guessed for its next step, at most `most` tokens, if no step is under way."""
+        most = min(most, MAX_GUESSES, self._room)
+        return (
+            None if self.speculation is None or not self._may_guess or most <= 0 else self.speculation.wish(most=most)
+        )
+
     def rounds(self, under_way: Sequence[Guesses], most: int) -> list[Guesses]:
-        """What its next step guesses, at most `most` tokens, and then the steps ahead of it: those that are `under_way`
-        already, and new ones. None goes beyond where the text or its session would end.
+        """The guesses of its next step and of the steps ahead of it: those that are made or `under_way` already, and
+        new ones behind them, at most `most` tokens each. None goes beyond where the text or its session would end.
 
         Raises `ValueError` if a drafter guesses what is no token of the model.
         """
-        if self.speculation is None or self.num_read != self.ids_1S.shape[1] - 1:
+        if self.speculation is None or not self._may_guess:
             return [NO_GUESSES]
-        ends = [each.max_length for each in self.criteria if isinstance(each, MaxLengthCriteria)]
-        room = min([self.session.max_length, *ends]) - self.ids_1S.shape[1] - 1
         found, most = list(under_way), min(most, MAX_GUESSES)
-        if not found:
-            found.append(self.speculation.guesses(most=min(room, most)) if min(room, most) > 0 else NO_GUESSES)
-        while (left := room - sum(len(each.tokens) for each in found)) > 0:
+        while (left := self._room - sum(len(each.tokens) for each in found)) > 0:
             further = self.speculation.further(found, most=min(left, most))
             if not further.tokens:
                 break
@@ -87,6 +91,17 @@ class Generation:
         if not all(0 <= token < num_words for each in found for token in each.tokens):
             raise ValueError(f"a drafter guessed a token that is not one of 0 to {num_words - 1}")
         return found
+
+    @property
+    def _may_guess(self) -> bool:
+        """Whether its session has read all of the text but its last token."""
+        return self.num_read == self.ids_1S.shape[1] - 1
+
+    @property
+    def _room(self) -> int:
+        """How many guesses behind the next token are within the text and its session."""
+        ends: list[int] = [each.max_length for each in self.criteria if isinstance(each, MaxLengthCriteria)]
+        return min([self.session.max_length, *ends]) - self.ids_1S.shape[1] - 1
 
     @property
     def num_read(self) -> int:
@@ -103,3 +118,30 @@ class Generation:
         if not ended:
             return None
         return "length" if all(isinstance(each, LIMITS) for each in ended) else "stop"
+
+
+def rounds_of_all(texts: Sequence[tuple[Generation, Sequence[Guesses]]], most: int) -> list[list[Guesses] | Exception]:
+    """The `rounds` of these texts, behind those that are under way. First all that have none are guessed for at once.
+
+    A text whose drafter fails has its exception instead.
+    """
+    found: list[list[Guesses] | Exception] = [list(under_way) for _, under_way in texts]
+    wishes: dict[int, Wish] = {}
+    for index, (generation, under_way) in enumerate(texts):
+        if not under_way:
+            try:
+                if (wish := generation.wish(most)) is not None:
+                    wishes[index] = wish
+            except Exception as error:
+                found[index] = error
+    for (index, wish), made in zip(wishes.items(), grant(list(wishes.values())), strict=True):
+        speculation = texts[index][0].speculation
+        assert speculation is not None
+        found[index] = made if isinstance(made, Exception) else [speculation.granted(wish, made)]
+    for index, (generation, _) in enumerate(texts):
+        if not isinstance(known := found[index], Exception):
+            try:
+                found[index] = generation.rounds(known or [NO_GUESSES], most)
+            except Exception as error:
+                found[index] = error
+    return found

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from shoal.client.continuation import Continuation
 from shoal.client.decoding.session_inputs import StepInputs
-from shoal.client.generation.generation import Generation, Token
+from shoal.client.generation.generation import Generation, Token, rounds_of_all
 from shoal.client.generation.model_ends import Embedded, ModelEnds
 from shoal.client.generation.next_token import choose_tokens
 from shoal.client.generation.speculating import NO_GUESSES, Guesses
@@ -364,12 +364,13 @@ def _with_guesses(
     Where a drafter fails, its text ends.
     """
     after, plans = dict(found), {}
-    for running, now in found.items():
-        if not now.is_last:
-            try:
-                plans[running] = running.generation.rounds([each.guesses for each in now.rounds], most)
-            except Exception as error:
-                after[running] = replace(now, error=error)
+    going_on = [running for running, now in found.items() if not now.is_last]
+    texts = [(running.generation, [each.guesses for each in found[running].rounds]) for running in going_on]
+    for running, plan in zip(going_on, rounds_of_all(texts, most), strict=True):
+        if isinstance(plan, Exception):
+            after[running] = replace(found[running], error=plan)
+        else:
+            plans[running] = plan
     return after, plans
 
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from shoal.client.generation.drafting.drafter import Drafter, LooksFurther, ReadsAhead, ReadsStates, Source
+from shoal.client.generation.drafting.drafter import Drafter, LooksFurther, Made, ReadsAhead, ReadsStates, Source
+from shoal.client.generation.drafting.wishes import Wish
 from shoal.policy.speculation.acceptance import Acceptance
 from shoal.policy.speculation.guess_count import Balance, Offer, best_offer
 from shoal.policy.speculation.rounds_ahead import MOST_ROUNDS, tokens_ahead
@@ -75,18 +76,20 @@ class Speculation:
             if isinstance(drafter, ReadsAhead):
                 drafter.read_piece()
 
-    def guesses(self, *, most: int) -> Guesses:
-        """What to send behind the last token of the text, at most `most`."""
+    def wish(self, *, most: int) -> Wish | None:
+        """Which drafter is to guess behind the last token of the text, and how many tokens, at most `most`."""
         found = [(drafter, source) for drafter in self._drafters if (source := drafter.source()) is not None]
         chosen = self._chosen([source for _, source in found], most)
         if chosen is None:
-            return NO_GUESSES
+            return None
         index, count = chosen
-        self._guessing, source = found[index]
-        started = self._clock()
-        tokens = tuple(self._guessing.guesses(count))
-        self._draft_seconds += self._clock() - started
-        return Guesses(tokens, source) if tokens else NO_GUESSES
+        return Wish(*found[index], count)
+
+    def granted(self, wish: Wish, made: Made) -> Guesses:
+        """What to send, now that the guesses it wished for are made."""
+        self._guessing = wish.drafter
+        self._draft_seconds += made.seconds
+        return Guesses(made.tokens, wish.source) if made.tokens else NO_GUESSES
 
     def further(self, under_way: Sequence[Guesses], *, most: int) -> Guesses:
         """What to send behind guesses that are not judged yet, at most `most`. The first token is a guess too."""

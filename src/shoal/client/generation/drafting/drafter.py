@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -16,7 +16,7 @@ class Source:
     """A kind of guesses. Of two guesses of one kind, one is as likely to be right as the other.
 
     `prior` is the part of them that is expected to be right before any was judged. One of them takes `seconds_each` to
-    make.
+    make, in company if the last ones were made so.
     """
 
     name: str
@@ -38,6 +38,32 @@ class Drafter(Protocol):
 
     def guesses(self, count: int) -> list[int]:
         """The next tokens, at most `count`, if `source` has just said that there are some."""
+        ...
+
+
+@dataclass(frozen=True)
+class Made:
+    """Guesses of one text, and the seconds for which it waited until the last of them was there."""
+
+    tokens: tuple[int, ...] = ()
+    seconds: float = 0.0
+
+
+class Company(Protocol):
+    """What several drafters share, such as a model. It guesses for their texts in less time than one after another."""
+
+    def guesses(self, wanted: Sequence[tuple[Any, int]]) -> list[Made | Exception]:
+        """What the `guesses` of these drafters are, at most as many each; an exception where one fails."""
+        ...
+
+
+@runtime_checkable
+class GuessesTogether(Drafter, Protocol):
+    """A drafter that can guess in the company of others, for several texts at once."""
+
+    @property
+    def company(self) -> Company | None:
+        """The drafters that have the same one guess together; with `None`, it guesses alone."""
         ...
 
 

@@ -24,10 +24,13 @@ class GuessTime:
         """The guesses that this call makes, behind `num_new` new tokens. Its seconds count from now on."""
         started = self._clock()
         found = guess()
-        if num_new <= MOST_MEASURED and found:
-            each = (self._clock() - started) / len(found)
-            self.seconds_each += NEWEST * (each - self.seconds_each)
+        self.took(self._clock() - started, num_guesses=len(found), num_new=num_new)
         return found
+
+    def took(self, seconds: float, *, num_guesses: int, num_new: int) -> None:
+        """So many guesses of one text, or of several in the same passes, took so long, behind `num_new` new tokens."""
+        if num_new <= MOST_MEASURED and num_guesses > 0:
+            self.seconds_each += NEWEST * (seconds / num_guesses - self.seconds_each)
 
     def _seconds_of(self, guess: Callable[[], object]) -> float:
         started = self._clock()
