@@ -28,6 +28,7 @@ from shoal.bundled import STORIES_DRAFT
 from shoal.client.generation.drafting.drafter import Source
 from shoal.client.generation.drafting.model_drafter import DraftModel, ModelDrafter
 from shoal.client.generation.drafting.wishes import Wish, grant
+from shoal.host.processes import interruptible
 
 SMOLLM2 = {
     "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
@@ -72,6 +73,7 @@ def measure(draft: DraftModel, lengths: list[int], *, num_new: int, count: int, 
     return statistics.median(seconds[True]), statistics.median(seconds[False])
 
 
+@interruptible()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
