@@ -52,18 +52,19 @@ async def arrive(code: InviteCode, network: NetworkConfig) -> AsyncIterator[Arri
         yield Arrival(node, await invitation_of(code.digest, node, addresses), addresses)
 
 
-async def network_by(code: InviteCode, network: NetworkConfig) -> NetworkConfig:
+async def network_by(code: InviteCode, network: NetworkConfig, *, waits_for_all: bool = False) -> NetworkConfig:
     """How to join the swarm of a code: through its members too, and with its key.
 
-    Raises `BootstrapFailed` if no member answers at the code's ways in.
+    Once a member has answered, others are waited for only a little longer, unless it `waits_for_all`. Raises
+    `BootstrapFailed` if no member answers at the code's ways in.
     """
-    peers = (*await peers_of(code), *network.initial_peers)
+    peers = (*await peers_of(code, waits_for_all=waits_for_all), *network.initial_peers)
     return replace(network, initial_peers=peers, swarm_key=code.swarm_key)
 
 
-async def peers_of(code: InviteCode) -> tuple[str, ...]:
+async def peers_of(code: InviteCode, *, waits_for_all: bool = False) -> tuple[str, ...]:
     """The addresses of the peers that answer at a code's ways in. Raises `BootstrapFailed` if none does."""
-    addresses = await find_peers(code.addresses)
+    addresses = await find_peers(code.addresses, waits_for_all=waits_for_all)
     if not addresses:
         tried = ", ".join(f"{way.host} port {way.port}" for way in code.ways)
         raise BootstrapFailed(

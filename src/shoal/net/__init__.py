@@ -60,18 +60,22 @@ def check_addresses(config: NetworkConfig) -> None:
         check_library()
 
 
-async def find_peers(addresses: Sequence[str], *, seconds: float | None = None) -> tuple[str, ...]:
+async def find_peers(
+    addresses: Sequence[str], *, seconds: float | None = None, waits_for_all: bool = False
+) -> tuple[str, ...]:
     """The addresses with the ids of the peers that answer there; those where none does are left out.
 
-    `seconds`: how long an answer may take; by default, as long as one from far away may need. Raises `UserError` for a
-    malformed address, and `SwarmError` if the network cannot be started.
+    `seconds`: how long an answer may take; by default, as long as one from far away may need. Once one has come, others
+    are waited for only a little longer, unless it `waits_for_all`. Raises `UserError` for a malformed address, and
+    `SwarmError` if the network cannot be started.
     """
     from shoal.net.addressing.addresses import check_announced
 
     checked = check_announced(addresses)
     from shoal.net.libp2p.strangers import DIAL_SECONDS, peers_at
 
-    return await peers_at(checked, seconds=DIAL_SECONDS if seconds is None else seconds)
+    seconds = DIAL_SECONDS if seconds is None else seconds
+    return await peers_at(checked, seconds=seconds, waits_for_all=waits_for_all)
 
 
 def import_network() -> None:

@@ -91,7 +91,7 @@ async def _join(network: NetworkConfig, code: InviteCode | None) -> SwarmFacts:
         return await look_at_swarm(network)
     from shoal.joining.arrival import network_by
 
-    by_code = await network_by(code, network)
+    by_code = await network_by(code, network, waits_for_all=True)  # it says which are silent
     silent = [way for way in code.ways if not any(each.startswith(f"{way.address}/") for each in by_code.initial_peers)]
     return replace(
         await look_at_swarm(by_code),
