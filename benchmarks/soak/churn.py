@@ -119,8 +119,9 @@ class GuardedSwarm:
 class Memory:
     """Resident memory over time of processes and of their descendants, in bytes.
 
-    Growth is that of processes that live from the first sample to the last. A server has a second network daemon for
-    the minute after a peer has asked it to dial: its memory is no growth, and `crowded` tells whether such ones stay.
+    Growth is that of processes that are there at the first sample and in the last third of the time. A server has a
+    second network daemon for the minute after a peer has asked it to dial: its memory is no growth, and `crowded` tells
+    whether such ones stay.
     """
 
     def __init__(self, processes: dict[str, int]) -> None:
@@ -145,8 +146,9 @@ class Memory:
         """For each process, its maximum in the first third of the time, and its maximum after that."""
         found = {}
         for name, samples in self._samples.items():
-            lasting = set.intersection(*(set(each) for _, each in samples)) if samples else set()
-            totals = [(at, sum(each[pid] for pid in lasting)) for at, each in samples]
+            late = {pid for at, each in samples if at > 2 * seconds / 3 for pid in each}
+            lasting = late.intersection(samples[0][1]) if samples else set()
+            totals = [(at, sum(each.get(pid, 0) for pid in lasting)) for at, each in samples]
             first = [rss for at, rss in totals if at <= seconds / 3]
             later = [rss for at, rss in totals if at > seconds / 3]
             if first and later:
