@@ -108,17 +108,12 @@ class OneAtATime:
         self.append, self.source, self.guesses = known.append, known.source, known.guesses
 
 
-class Apart:
+class Apart(ModelDrafter):
     """A draft's drafter that guesses for its text alone, whatever others guess at the same time."""
 
-    def __init__(self, drafter: ModelDrafter) -> None:
-        self._drafter = drafter
-        self.append, self.source, self.guesses = drafter.append, drafter.source, drafter.guesses
-        self.further, self.read_piece = drafter.further, drafter.read_piece
-
     @property
-    def is_behind(self) -> bool:
-        return self._drafter.is_behind
+    def company(self) -> None:
+        """None: there is nothing that it shares."""
 
 
 @dataclass(frozen=True)
@@ -243,7 +238,7 @@ class Bench:
         shared = self._model.draft_models.draft(self._draft)
         plain = tell_many(self._model, self._new, self._num_tokens, NUM_CLIENTS * ["off"])
         text, found = f"new, its draft, {NUM_CLIENTS} clients", []
-        for name, kind in ((text, ModelDrafter), (f"{text}, apart", lambda draft: Apart(ModelDrafter(draft)))):
+        for name, kind in ((text, ModelDrafter), (f"{text}, apart", Apart)):
             drafts = [kind(shared) for _ in range(NUM_CLIENTS)]
             found.append(
                 self._compared(network, name, plain, tell_many(self._model, self._new, self._num_tokens, drafts))

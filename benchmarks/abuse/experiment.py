@@ -20,6 +20,7 @@ import psutil
 from benchmarks.abuse.attacks import Attack
 from benchmarks.abuse.full_caches import CACHE_TOKENS
 from benchmarks.abuse.honest_client import Experience
+from benchmarks.common.machine import cpu_seconds
 from shoal.bundled import STORIES
 from shoal.host.processes import Child, Children
 
@@ -78,9 +79,9 @@ def run(module: str, attack: Attack, *, seconds: float) -> Outcome:
         if not alone.num_tokens:
             raise SystemExit(f"{attack.name}: no client gets a token, also without an attack")
         with _Memory(servers) as memory, _attacking(module, attack, addresses) as attacker:
-            began, used = time.perf_counter(), _cpu_seconds(attacker)
+            began, used = time.perf_counter(), cpu_seconds(attacker)
             attacked = _client(addresses, seconds)
-            load = (_cpu_seconds(attacker) - used) / (time.perf_counter() - began)
+            load = (cpu_seconds(attacker) - used) / (time.perf_counter() - began)
         with contextlib.ExitStack() as working:
             for _ in range(math.ceil(load)):
                 working.enter_context(_process("equal_work", f"{load / math.ceil(load):.3f}"))
@@ -179,16 +180,6 @@ def _resident(server: psutil.Process) -> int:
         total: int = sum(each.memory_info().rss for each in (server, *server.children(recursive=True)))
         return total
     return 0
-
-
-def _cpu_seconds(process: psutil.Process) -> float:
-    """What a process and those that it started have computed until now."""
-    total = 0.0
-    for each in (process, *process.children(recursive=True)):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            times = each.cpu_times()
-            total += times.user + times.system
-    return total
 
 
 def print_table(outcomes: Sequence[Outcome], out: IO[str]) -> None:

@@ -23,18 +23,17 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
 import transformers
 
 from benchmarks.common.clients import decoding_speed, generate_together
-from benchmarks.common.machine import describe_machine
+from benchmarks.common.machine import cpu_seconds, describe_machine
 from benchmarks.common.reference import reference_model
 from benchmarks.common.swarm import servers
+from benchmarks.table import PROMPT_TOKENS, prompts_of
 from shoal import AutoDistributedModelForCausalLM
 from shoal.events import ServerAudited
 from shoal.host.processes import interruptible
 
-PROMPT_TOKENS = 64
 WARM_UPS = 2
 """Rounds that do not count: connections are opened, and all four servers have their first audits."""
 MODES = ("low", "off")
@@ -70,20 +69,13 @@ class Bench:
 
     def round(self, number: int, num_clients: int, num_tokens: int) -> dict[str, Cost]:
         """What a token of all clients together takes, by mode."""
-        prompts = torch.randint(2, 32000, (num_clients, PROMPT_TOKENS), generator=torch.Generator().manual_seed(number))
-        found = {}
+        prompts, this, found = prompts_of(num_clients, PROMPT_TOKENS, seed=number), psutil.Process(), {}
         for mode in MODES if number % 2 else MODES[::-1]:
-            began = processor_seconds()
+            began = cpu_seconds(this)
             together = generate_together(self._clients[mode], prompts.split(1), num_tokens)
-            used = processor_seconds() - began
+            used = cpu_seconds(this) - began
             found[mode] = Cost(1 / decoding_speed(together), used / (num_clients * num_tokens))
         return found
-
-
-def processor_seconds() -> float:
-    """What this process and all that it has started have computed."""
-    this = psutil.Process()
-    return sum(sum(each.cpu_times()[:2]) for each in (this, *this.children(recursive=True)))
 
 
 def row(num_clients: int, rounds: Sequence[dict[str, Cost]]) -> str:

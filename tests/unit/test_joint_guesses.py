@@ -8,19 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from shoal.client.generation.drafting.drafter import Drafter, Made, Source
 from shoal.client.generation.drafting.joint_check import follows_the_longest
 from shoal.client.generation.drafting.model_drafter import DraftModel, ModelDrafter
 from shoal.client.generation.drafting.wishes import Wish, grant
 
-NUM_WORDS = 50
-SIZES = {
-    "vocab_size": NUM_WORDS, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4,
-    "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 128, "initializer_range": 0.4,
-    "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0,
-}  # fmt: skip
+from . import tiny_drafts
+from .tiny_drafts import NUM_WORDS
+
 KINDS = [
     ("llama", {}),
     ("mistral", {"sliding_window": 4}),
@@ -33,8 +29,7 @@ CHANCE = Source("chance", 0.5)
 
 
 def tiny(kind: str = "llama", **options: Any) -> Any:
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**{**SIZES, **options})).eval()
+    return tiny_drafts.tiny(kind, **{"num_hidden_layers": 4, "max_position_embeddings": 128, **options})
 
 
 def words(count: int, chance: Random) -> list[int]:

@@ -8,16 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from shoal.client.generation.drafting.model_drafter import DraftModel, ModelDrafter
 
-NUM_WORDS = 50
-SIZES = {
-    "vocab_size": NUM_WORDS, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
-    "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64, "initializer_range": 0.4,
-    "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0,
-}  # fmt: skip
+from .tiny_drafts import NUM_WORDS, tiny
 
 
 class Ticking:
@@ -29,11 +23,6 @@ class Ticking:
     def __call__(self) -> float:
         self.seconds += 1
         return self.seconds
-
-
-def tiny(kind: str, **options: Any) -> Any:
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**SIZES, **options)).eval()
 
 
 def written(model: Any, tokens: Sequence[int], count: int) -> list[int]:

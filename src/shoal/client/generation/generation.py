@@ -68,10 +68,10 @@ class Generation:
 
     def wish(self, most: int) -> Wish | None:
         """What it wants to be guessed for its next step, at most `most` tokens, if no step is under way."""
+        if self.speculation is None or not self._may_guess:
+            return None
         most = min(most, MAX_GUESSES, self._room)
-        return (
-            None if self.speculation is None or not self._may_guess or most <= 0 else self.speculation.wish(most=most)
-        )
+        return self.speculation.wish(most=most) if most > 0 else None
 
     def rounds(self, under_way: Sequence[Guesses], most: int) -> list[Guesses]:
         """The guesses of its next step and of the steps ahead of it: those that are made or `under_way` already, and
@@ -81,8 +81,8 @@ class Generation:
         """
         if self.speculation is None or not self._may_guess:
             return [NO_GUESSES]
-        found, most = list(under_way), min(most, MAX_GUESSES)
-        while (left := self._room - sum(len(each.tokens) for each in found)) > 0:
+        found, most, room = list(under_way), min(most, MAX_GUESSES), self._room
+        while (left := room - sum(len(each.tokens) for each in found)) > 0:
             further = self.speculation.further(found, most=min(left, most))
             if not further.tokens:
                 break

@@ -70,10 +70,9 @@ async def answering(
         found = []
         for address, dial in zip(addresses, dials, strict=True):
             try:
-                if dial.done():
-                    found.append(f"{address}/p2p/{dial.result()}")
-                else:
-                    logger.info("no peer answers at %s: it takes too long", address)
+                if not dial.done():
+                    raise TimeoutError
+                found.append(f"{address}/p2p/{dial.result()}")
             except (DaemonFailed, TimeoutError) as failure:
-                logger.info("no peer answers at %s: %s", address, failure or "it takes too long")
+                logger.info("no peer answers at %s: %s", address, str(failure) or "it takes too long")
         return tuple(found)
